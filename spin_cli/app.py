@@ -1,0 +1,567 @@
+"""The Typer app: every command parses, loads the recipe, calls one stage, and prints."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from spin_cli.failures import reported
+from spin_cli.screen import put, put_json, say, set_up_messages
+
+if TYPE_CHECKING:
+    from spin_cli.steps import Step
+    from stages.config import Recipe
+
+
+class Commands(TyperGroup):
+    """The commands, each ended by `reported`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        with reported():
+            return super().invoke(ctx)
+
+
+SETTINGS = {"help_option_names": ["--help", "-h"]}
+app = typer.Typer(
+    cls=Commands,
+    help="Self-play fine-tuning of language models: every stage a command, files in, files out.",
+    epilog="\b\nExample:\n  spin run demo --run runs/demo --iterations 3\n  spin status runs/demo",
+    rich_markup_mode=None,  # importing rich doubles the time of --help
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings=SETTINGS,
+)
+config_app = typer.Typer(
+    help="Show recipes.",
+    epilog="\b\nExample:\n  spin config show demo train.beta=0.05",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings=SETTINGS,
+)
+app.add_typer(config_app, name="config")
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The artifact to make: a new directory.")]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", "-c", metavar="RECIPE",
+                 help="A recipe file, or the name of a shipped recipe."),
+]  # fmt: skip
+Iteration = Annotated[
+    int, typer.Option("--iteration", "-t", min=0, help="Whose settings and seeds hold.")
+]
+MaybeIteration = Annotated[
+    int | None, typer.Option("--iteration", "-t", min=0, help="Whose settings hold.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings to override.")
+]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not check the hashes of inputs. Damage goes unseen.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Details, and tracebacks.")]
+Data = Annotated[Path, typer.Option("--data", help="The output of prepare.")]
+Prompts = Annotated[Path, typer.Option("--data", "--prompts", help="The output of prepare.")]
+Generations = Annotated[Path, typer.Option("--generations", help="The output of generate.")]
+Pairs = Annotated[Path, typer.Option("--pairs", help="The output of pair.")]
+ScoredPairs = Annotated[Path, typer.Option("--pairs", help="The output of score.")]
+Model = Annotated[
+    str, typer.Option("--model", help="An artifact, a model folder, RUN/champion, or a hub id.")
+]
+MaybeModel = Annotated[
+    str | None,
+    typer.Option("--model", help="An artifact, a model folder, RUN/champion, or a hub id. "
+                 "[default: the recipe's model.path]", show_default=False),
+]  # fmt: skip
+Revision = Annotated[str | None, typer.Option("--revision", help="The commit of a hub model.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@app.command(epilog=_example("spin prepare --source train.jsonl --out data --config gsm8k"))
+def prepare(
+    out: Out,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="A file, a folder, or a data set id; sets prepare.source."),
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read prompts and human responses; hold some out."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    _execute(Step("prepare", out), _recipe(config, overrides, source))
+
+
+@app.command(epilog=_example("spin sft --data data --model BASE --out models/sft sft.epochs=1"))
+def sft(
+    out: Out,
+    data: Data,
+    model: MaybeModel = None,
+    revision: Revision = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune on human responses: the first opponent."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    recipe = _recipe(config, overrides)
+    section = recipe.for_iteration().sft
+    if section is not None and section.init == "random" and model is None:
+        options: dict[str, str] = {}
+    else:
+        options = _model(recipe, None, model, revision)
+    _execute(Step("sft", out, options={"data": str(data), **options}), recipe, no_verify)
+
+
+@app.command(
+    epilog=_example("spin generate --model M --prompts data --out generations",
+                    "spin generate --model M --data data --out g generate.temperature=0.7")
+)  # fmt: skip
+def generate(
+    out: Out,
+    data: Prompts,
+    model: MaybeModel = None,
+    revision: Revision = None,
+    config: Config = None,
+    iteration: Iteration = 0,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Let the opponent answer every prompt; one row a sample."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    recipe = _recipe(config, overrides)
+    options = {**_model(recipe, iteration, model, revision), "data": str(data)}
+    _execute(Step("generate", out, iteration, options), recipe, no_verify)
+
+
+@app.command(
+    epilog=_example("spin reward --data data --generations generations --out rewards "
+                    "reward.name=gsm8k")
+)  # fmt: skip
+def reward(
+    out: Out,
+    data: Data,
+    generations: Generations,
+    config: Config = None,
+    iteration: Iteration = 0,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score every sample by a rule."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    options = {"data": str(data), "generations": str(generations)}
+    _execute(Step("reward", out, iteration, options), _recipe(config, overrides), no_verify)
+
+
+@app.command(
+    epilog=_example("spin pair --data data --generations generations --model M --out pairs")
+)
+def pair(
+    out: Out,
+    data: Data,
+    generations: Generations,
+    model: Model,
+    rewards: Annotated[
+        Path | None, typer.Option("--rewards", help="The output of reward, for a ranked game.")
+    ] = None,
+    revision: Revision = None,
+    config: Config = None,
+    iteration: Iteration = 0,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Give each prompt a chosen and a rejected response."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    recipe = _recipe(config, overrides)
+    options = {"data": str(data), "generations": str(generations)}
+    if rewards is not None:
+        options["rewards"] = str(rewards)
+    options |= _model(recipe, iteration, model, revision)
+    _execute(Step("pair", out, iteration, options), recipe, no_verify)
+
+
+@app.command(epilog=_example("spin score --pairs pairs --model M --out scored"))
+def score(
+    out: Out,
+    pairs: Pairs,
+    model: Model,
+    revision: Revision = None,
+    config: Config = None,
+    iteration: Iteration = 0,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Add log-probabilities under the reference to pairs."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    recipe = _recipe(config, overrides)
+    options = {"pairs": str(pairs), **_model(recipe, iteration, model, revision)}
+    _execute(Step("score", out, iteration, options), recipe, no_verify)
+
+
+@app.command(epilog=_example("spin train --pairs scored --model M --out player train.beta=0.1"))
+def train(
+    out: Out,
+    pairs: ScoredPairs,
+    model: Model,
+    revision: Revision = None,
+    config: Config = None,
+    iteration: Iteration = 0,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the player, from the opponent's weights."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    recipe = _recipe(config, overrides)
+    options = {"pairs": str(pairs), **_model(recipe, iteration, model, revision)}
+    _execute(Step("train", out, iteration, options), recipe, no_verify)
+
+
+@app.command(
+    epilog=_example("spin evaluate --model player --opponent M --data data --out evaluation")
+)
+def evaluate(
+    out: Out,
+    data: Data,
+    model: MaybeModel = None,
+    revision: Revision = None,
+    opponent: Annotated[
+        str | None, typer.Option("--opponent", help="The model that the player is compared with.")
+    ] = None,
+    opponent_revision: Annotated[
+        str | None, typer.Option("--opponent-revision", help="The commit of a hub model.")
+    ] = None,
+    opponent_evaluation: Annotated[
+        Path | None,
+        typer.Option("--opponent-evaluation", help="The opponent's own evaluation, whose samples "
+                     "are used instead of drawing them again."),
+    ] = None,
+    config: Config = None,
+    iteration: MaybeIteration = None,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Try a model on held-out prompts.
+
+    With an opponent, also compare the two.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.steps import Step
+
+    recipe = _recipe(config, overrides)
+    options = {**_model(recipe, iteration, model, revision), "data": str(data)}
+    more = {
+        "opponent": opponent,
+        "opponent_revision": opponent_revision,
+        "opponent_evaluation": opponent_evaluation,
+    }
+    options |= {name: str(value) for name, value in more.items() if value is not None}
+    _execute(Step("evaluate", out, iteration, options), recipe, no_verify)
+
+
+@app.command(
+    epilog=_example("spin promote runs/demo --iteration 2", "spin promote runs/demo --rollback")
+)
+def promote(
+    run: Run,
+    iteration: MaybeIteration = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Go back to the champion before.")
+    ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", metavar="RECIPE", help="A recipe file, or the name of a "
+                     "shipped recipe. [default: the run's]", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Let the gate decide on a player, or roll back.
+
+    Exit code 6 when the player does not become champion.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    if rollback == (iteration is not None):
+        raise typer.BadParameter("give either --iteration N or --rollback")
+    if rollback:
+        _roll_back(run)
+        return
+    from spin_cli.steps import Step
+    from stages.decisions import read_decision
+    from stages.errors import GateRefusedError
+    from stages.layout import RunLayout
+    from stages.run_record import read_recipe
+
+    layout = RunLayout(run)
+    recorded = read_recipe(layout)
+    recipe = _recipe(config, overrides) if config else recorded.with_overrides(overrides or [])
+    assert iteration is not None, "checked above"
+    out = layout.stage(iteration, "promote")
+    _execute(Step("promote", out, iteration), recipe, no_verify)
+    decision = read_decision(out)
+    reasons = "; ".join(decision.reasons)
+    if not decision.promoted:
+        raise GateRefusedError(f"{run}: iteration {iteration} is not promoted: {reasons}")
+    say(f"{run}: iteration {iteration} is promoted: {reasons}")
+
+
+def _roll_back(run: Path) -> None:
+    from stages.layout import RunLayout
+    from stages.promote import rollback
+
+    left, now = rollback(RunLayout(run))
+    say(f"{run}: champion was {left}, is {now.path} again")
+    for number, entry in enumerate(now.history):
+        put(f"{number}  {entry.path}  {entry.key[:12]}  {entry.reason}")
+
+
+@app.command(
+    name="run",
+    epilog=_example("spin run demo --run runs/demo --iterations 3",
+                    "spin run recipe.yaml --run runs/a --iterations 1 --dry-run train.beta=0.05"),
+)  # fmt: skip
+def run_(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")
+    ],
+    run: Annotated[Path, typer.Option("--run", "-r", help="The run directory; made when new.")],
+    iterations: Annotated[
+        int, typer.Option("--iterations", "-n", min=0, help="How many there shall be in all.")
+    ] = 1,
+    overrides: Overrides = None,
+    control: Annotated[
+        bool,
+        typer.Option("--control", help="Run the control arm instead, supervised steps on the same "
+                     "prompts, in the directory RUN-control."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands that do the same, and stop.")
+    ] = False,
+    amend: Annotated[
+        bool,
+        typer.Option("--amend", help="Take another recipe than the run was started with for what "
+                     "is not done yet."),
+    ] = False,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Run the whole loop, or go on where it stopped."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.loop import carry_on, commands
+    from spin_cli.views import put_iterations
+    from stages.artifacts.locks import hold
+    from stages.errors import GateRefusedError
+    from stages.layout import RunLayout
+    from stages.run_record import start_or_resume
+
+    words = [*(overrides or []), *(["train.control=true"] if control else [])]
+    chosen = _recipe(recipe, words)
+    layout = RunLayout(run.with_name(f"{run.name}-control") if control else run)
+    if dry_run:
+        no_check = ["--no-verify"] if no_verify else []
+        for line in commands(layout, chosen, iterations, ["--config", recipe, *words], no_check):
+            put(line)
+        return
+    with hold(layout.lock, f"run {layout.root}"):
+        start_or_resume(layout, chosen, amend=amend)
+        try:
+            carry_on(layout, chosen, iterations, verify=not no_verify)
+        except GateRefusedError:
+            put_iterations(layout.root)
+            raise
+        put_iterations(layout.root)
+
+
+@app.command(epilog=_example("spin init runs/a --config demo"))
+def init(
+    run: Run,
+    config: Config = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Start a run directory for stages called one by one."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from stages.artifacts.locks import hold
+    from stages.layout import RunLayout
+    from stages.run_record import start_or_resume
+
+    layout = RunLayout(run)
+    recipe = _recipe(config, overrides)
+    with hold(layout.lock, f"run {run}"):
+        start_or_resume(layout, recipe)
+
+
+@app.command(epilog=_example('spin generate --model "$(spin opponent runs/a --iteration 1)" …'))
+def opponent(
+    run: Run,
+    iteration: Iteration,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Print its evaluation instead.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print the model that an iteration plays against.
+
+    Exit code 6 when a refusal ended the run before it.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from stages.decisions import opponent_of
+    from stages.layout import RunLayout
+    from stages.run_record import read_recipe
+
+    layout = RunLayout(run)
+    found = opponent_of(layout, read_recipe(layout), iteration)
+    put(found.evaluation if evaluation else found.model)
+
+
+@app.command(epilog=_example("spin status runs/demo", "spin status runs/demo --json"))
+def status(run: Run, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show stages, key metrics and champion of a run."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.views import put_status
+    from stages.status import status as read_status
+
+    if as_json:
+        put_json(read_status(run))
+    else:
+        put_status(run)
+
+
+@app.command(epilog=_example("spin verify runs/demo", "spin verify runs/demo/data --json"))
+def verify(
+    place: Annotated[Path, typer.Argument(metavar="RUN|ARTIFACT", help="What to check.")],
+    as_json: Json = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Files hashed at once. [default: CPUs]")
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Hash every file again and check the chain of inputs."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from stages.errors import CorruptError
+    from stages.verify import verify as check
+
+    report = check(place, threads=threads)
+    if as_json:
+        put_json(report.to_json())
+    for problem in [] if as_json else report.problems:
+        put(problem)
+    say(
+        f"{place}: {report.artifacts} artifacts, {report.files} files, "
+        f"{report.size_bytes / 1e6:,.1f} MB hashed in {report.seconds:.1f} s"
+    )
+    if report.problems:
+        raise CorruptError(f"{place}: {len(report.problems)} problems; each is named above")
+    say(f"{place}: all is as its manifests say")
+
+
+@config_app.command("show", epilog=_example("spin config show demo --iteration 1 train.beta=0.05"))
+def config_show(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file, or a shipped recipe.")
+    ] = None,
+    overrides: Overrides = None,
+    iteration: MaybeIteration = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print the resolved recipe, each value with its origin."""
+    set_up_messages(verbose=verbose)
+    from spin_cli.views import setting_line
+
+    words = list(overrides or [])
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        words.insert(0, recipe)
+        recipe = None
+    for name, value, origin in _recipe(recipe, words).origins(iteration):
+        put(setting_line(name, value, origin))
+
+
+@config_app.command("list", epilog=_example("spin config list"))
+def config_list() -> None:
+    """Print the names of the shipped recipes."""
+    set_up_messages()
+    from spin_cli import recipes
+
+    for name, path in recipes.shipped().items():
+        put(f"{name}\t{recipes.summary(path)}".rstrip())
+
+
+@app.command(epilog=_example("spin version"))
+def version() -> None:
+    """Print the versions that can change a result."""
+    from stages.artifacts.produce import library_versions
+
+    found = library_versions()
+    put(f"spin-selfplay {found.pop('spin-selfplay', '(not installed)')}")
+    for name, number in found.items():
+        put(f"{name} {number}")
+
+
+def _recipe(name: str | None, overrides: list[str] | None, source: str | None = None) -> "Recipe":
+    from spin_cli import recipes
+
+    return recipes.load(name, list(overrides or []), source)
+
+
+def _model(
+    recipe: "Recipe", iteration: int | None, model: str | None, revision: str | None
+) -> dict[str, str]:
+    """Return the options for a model: the one that was named, or the recipe's."""
+    from stages.errors import ConfigError
+
+    if model is None:
+        section = recipe.for_iteration(iteration).model
+        model, revision = section.path, revision or section.revision
+    if model is None:
+        raise ConfigError("no model: give --model, or set model.path in the recipe")
+    return {"model": model, **({"revision": revision} if revision is not None else {})}
+
+
+def _execute(step: "Step", recipe: "Recipe", no_verify: bool = False) -> None:
+    from spin_cli.steps import execute
+
+    config = recipe.for_iteration(step.iteration)
+    execute(step, config.model_copy(update={"verify": False}) if no_verify else config)

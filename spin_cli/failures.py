@@ -1,0 +1,85 @@
+"""How a command ends: one line on stderr and the exit code that cron relies on."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from spin_cli.screen import is_verbose, say
+from stages.errors import NoSpaceError, SpinError
+
+BUG = 1
+INTERRUPTED = 130
+TERMINATED = 143
+_KEPT = "what was finished is kept: run the same command again to go on"
+
+
+class TerminatedError(SystemExit):
+    """SIGTERM, as an exception that unwinds what is going on."""
+
+    def __init__(self) -> None:
+        super().__init__(TERMINATED)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """End the command on an error: tell it in one line, and exit with its code.
+
+    A traceback is for our own bugs, or for `--verbose`.
+    """
+    try:
+        yield
+    except SpinError as error:
+        if is_verbose():
+            traceback.print_exc()
+        say(f"spin: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say(f"spin: interrupted; {_KEPT}")
+        raise typer.Exit(INTERRUPTED) from None
+    except TerminatedError:
+        say(f"spin: terminated; {_KEPT}")
+        raise
+    except Exception as error:
+        if _is_typers(error):
+            raise
+        _end_unexpected(error)
+
+
+def _end_unexpected(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        say(f"spin: no room to write ({error}); free some space, then {_KEPT}")
+        raise typer.Exit(NoSpaceError.exit_code) from None
+    if _is_out_of_memory(error):
+        if is_verbose():
+            traceback.print_exc()
+        say(
+            f"spin: out of memory ({error}); lower the batch sizes (train.micro_batch_size, "
+            f"score.batch_size, generate.engine.batch_size), then {_KEPT}"
+        )
+        raise typer.Exit(BUG) from None
+    traceback.print_exc(file=sys.stderr)
+    say(
+        f"spin: a bug: {type(error).__name__}: {error}; please report it with the lines above "
+        "and the output of `spin version`"
+    )
+    raise typer.Exit(BUG) from None
+
+
+def _is_typers(error: Exception) -> bool:
+    """Tell whether an exception is Typer's own way to end: an exit, or a usage error (exit 2)."""
+    if isinstance(error, typer.Exit | typer.Abort | BrokenPipeError):
+        return True
+    return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; torch has exceptions of its own, which we must not import."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

@@ -1,0 +1,208 @@
+"""A step: one stage with its inputs, as a call in this process or as the command that equals it."""
+
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.artifacts import Manifest
+from stages.artifacts.manifest import MANIFEST_NAME
+from stages.config import RunConfig
+from stages.decisions import champion_evaluation
+from stages.layout import RunLayout
+
+if TYPE_CHECKING:
+    from stages.promote import PromoteInputs
+
+MAX_FIGURES = 8
+log = logging.getLogger("spin")
+
+
+class ShellText(str):
+    """Text of a command that the shell is to expand: it is not quoted."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage to run."""
+
+    stage: str
+    out: Path
+    iteration: int | None = None
+    """None for what is outside of iterations: prepare, sft, and the start's evaluation."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The inputs, by the names of the command's options."""
+
+    def title(self) -> str:
+        """Return what the step is called in messages."""
+        if self.iteration is None:
+            return self.stage
+        return f"iteration {self.iteration} {self.stage}"
+
+
+def command(step: Step, settings: Sequence[str]) -> str:
+    """Return the command line that does what `execute` does.
+
+    Args:
+        settings: what chooses the config: `--config RECIPE`, `--no-verify`, overrides.
+    """
+    words = ["spin", step.stage]
+    if step.stage == "promote":
+        words.append(str(step.out.parents[2]))
+    for name, value in step.options.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    if step.stage != "promote":
+        words += ["--out", str(step.out)]
+    if step.iteration is not None:
+        words += ["--iteration", str(step.iteration)]
+    words += settings
+    return " ".join(str(w) if isinstance(w, ShellText) else shlex.quote(w) for w in words)
+
+
+def execute(step: Step, config: RunConfig) -> Manifest:
+    """Run a step in this process, and say in one line what came of it."""
+    _use_threads(config.threads)
+    was_there = (step.out / MANIFEST_NAME).is_file()
+    start = time.monotonic()
+    manifest = _call(step, config)
+    if not was_there:
+        seconds = time.monotonic() - start
+        log.info("%s: %.1f s%s", step.title(), seconds, _figures(manifest))
+    return manifest
+
+
+def _call(step: Step, config: RunConfig) -> Manifest:
+    """Call the stage; stages are imported here, since they import torch."""
+    options, out = step.options, step.out
+    match step.stage:
+        case "prepare":
+            from stages import prepare
+
+            return prepare.run(config, out)
+        case "sft":
+            from stages import sft
+
+            inputs = sft.SftInputs(
+                data=Path(options["data"]),
+                model=options.get("model"),
+                revision=options.get("revision"),
+            )
+            return sft.run(config, inputs, out)
+        case "promote":
+            from stages import promote
+
+            return promote.run(config, _promote_inputs(step), out)
+        case _:
+            return _call_of_iteration(step, config)
+
+
+def _call_of_iteration(step: Step, config: RunConfig) -> Manifest:
+    options, out = step.options, step.out
+    model, revision = options.get("model", ""), options.get("revision")
+    match step.stage:
+        case "generate":
+            from stages import generate
+
+            return generate.run(
+                config,
+                generate.GenerateInputs(
+                    model=model,
+                    revision=revision,
+                    data=Path(options["data"]),
+                    iteration=step.iteration or 0,
+                ),
+                out,
+            )
+        case "reward":
+            from stages import reward
+
+            return reward.run(
+                config,
+                reward.RewardInputs(
+                    data=Path(options["data"]), generations=Path(options["generations"])
+                ),
+                out,
+            )
+        case "pair":
+            from stages import pair
+
+            return pair.run(
+                config,
+                pair.PairInputs(
+                    data=Path(options["data"]),
+                    generations=Path(options["generations"]),
+                    rewards=_path(options.get("rewards")),
+                    model=model,
+                    revision=revision,
+                ),
+                out,
+            )
+        case "score":
+            from stages import score
+
+            pairs = Path(options["pairs"])
+            return score.run(config, score.ScoreInputs(pairs, model, revision), out)
+        case "train":
+            from stages import train
+
+            pairs = Path(options["pairs"])
+            return train.run(config, train.TrainInputs(pairs, model, revision), out)
+        case "evaluate":
+            from stages import evaluate
+
+            return evaluate.run(
+                config,
+                evaluate.EvaluateInputs(
+                    model=model,
+                    revision=revision,
+                    data=Path(options["data"]),
+                    opponent=options.get("opponent"),
+                    opponent_revision=options.get("opponent_revision"),
+                    opponent_evaluation=_path(options.get("opponent_evaluation")),
+                ),
+                out,
+            )
+    raise AssertionError(f"no stage {step.stage}")
+
+
+def _promote_inputs(step: Step) -> "PromoteInputs":
+    from stages.promote import PromoteInputs
+
+    assert step.iteration is not None, "an iteration's player is promoted"
+    layout = RunLayout(step.out.parents[2])
+    return PromoteInputs(
+        evaluation=layout.stage(step.iteration, "evaluate"),
+        champion_evaluation=champion_evaluation(layout, step.iteration),
+    )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _use_threads(count: int | None) -> None:
+    """Make torch use `count` CPU threads, without importing it here."""
+    if count is None:
+        return
+    os.environ["OMP_NUM_THREADS"] = str(count)  # torch reads it when a stage imports it
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(count)
+
+
+def _figures(manifest: Manifest) -> str:
+    """Return a manifest's key figures: its metrics, then its counts, as many as fit a line."""
+    figures = [*manifest.metrics.items(), *manifest.counts.items()]
+    shown = [f"{name} {_figure(value)}" for name, value in figures if value is not None]
+    return "".join(f", {text}" for text in shown[:MAX_FIGURES])
+
+
+def _figure(value: float | int | str | bool) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,90 @@
+"""What status and config show print."""
+
+from pathlib import Path
+from typing import Any
+
+from spin_cli.screen import put, put_table
+from stages.layout import RunLayout
+from stages.status import stage_state, status
+
+MISSING = "-"
+_COLUMNS = (
+    ("sampled", "sampled_accuracy", ".1%"),
+    ("greedy", "greedy_accuracy", ".1%"),
+    ("identical", "identical_share", ".1%"),
+    ("held-out accuracy", "heldout_reward_accuracy", ".1%"),
+    ("margin", "heldout_reward_margin", ".3f"),
+)
+
+
+def put_iterations(run: Path) -> None:
+    """Print one row an iteration: accuracies, margins, seconds, decision."""
+    _put_iterations(status(run))
+
+
+def put_status(run: Path) -> None:
+    """Print what a run holds, for people."""
+    found = status(run)
+    champion = found["champion"] or "none yet"
+    put(f"{run}: champion {champion}")
+    layout = RunLayout(run)
+    start = {"prepare": layout.data, "sft": layout.sft, "evaluate": layout.start_evaluation}
+    states = {name: stage_state(path)["state"] for name, path in start.items()}
+    if states["sft"] == "missing":
+        del states["sft"]  # a recipe without it, or not yet begun
+    put(f"start: {_states(states)}")
+    for row in found["iterations"]:
+        stages = {name: stage["state"] for name, stage in row["stages"].items()}
+        put(f"iteration {row['index']}: {_states(stages)}")
+    put("")
+    _put_iterations(found)
+
+
+def setting_line(name: str, value: Any, origin: str) -> str:
+    """Return a setting as a line of YAML, its origin as a comment."""
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    shown = text.removesuffix("...\n").strip()
+    return f"{name}: {shown}  # {origin}"
+
+
+def _states(states: dict[str, str]) -> str:
+    if set(states.values()) == {"done"}:
+        return "done"
+    return ", ".join(f"{name} {state}" for name, state in states.items())
+
+
+def _put_iterations(found: dict[str, Any]) -> None:
+    titles = ["iteration", *(title for title, _, _ in _COLUMNS), "seconds", "decision"]
+    rows = [["start", *_cells(found["start"]["metrics"]), MISSING, MISSING]]
+    for row in found["iterations"]:
+        seconds = [stage["seconds"] for stage in row["stages"].values()]
+        total = sum(s for s in seconds if s is not None)
+        rows.append(
+            [
+                str(row["index"]),
+                *_cells(row["metrics"]),
+                f"{total:.1f}",
+                _decision(row, found["champion"]),
+            ]
+        )
+    put_table(titles, rows)
+
+
+def _cells(metrics: dict[str, Any]) -> list[str]:
+    values = ((metrics.get(name), form) for _, name, form in _COLUMNS)
+    return [format(v, form) if isinstance(v, int | float) else MISSING for v, form in values]
+
+
+def _decision(row: dict[str, Any], champion: str | None) -> str:
+    decision = row["decision"]
+    if decision is None:
+        return MISSING
+    if not decision["promoted"]:
+        return f"refused: {'; '.join(decision['reasons'])}"
+    return (
+        "champion"
+        if RunLayout(Path()).iteration_of(champion or "") == row["index"]
+        else ("promoted")
+    )

@@ -1,0 +1,1 @@
+"""The stages of self-play fine-tuning: each reads artifacts and writes one artifact."""

@@ -1,0 +1,172 @@
+"""The pointer: one small file that says which artifact is the chosen one, and how it came so.
+
+It lies at the top of a run and names artifacts by paths relative to that folder. It is replaced
+by one rename, so a reader sees the old target or the new one and never waits.
+"""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stages.artifacts import locks
+from stages.artifacts.files import inner_path, write_durably
+from stages.artifacts.keys import open_sealed, sealed_text
+from stages.errors import CorruptError, InputError
+
+POINTER_FORMAT = 1
+_HASH_NAME = "sha256"
+
+
+class PointerEntry(BaseModel):
+    """One move of the pointer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    """Of the artifact, relative to the pointer's folder."""
+    key: str
+    """The artifact's key."""
+    reason: str
+    """Why, in words for people."""
+    decision_key: str | None
+    """The key of the decision that asked for the move; each moves the pointer once. None marks
+    a roll-back."""
+    at: str | None = None
+    """When, as ISO 8601; for people: nothing is decided by it."""
+
+
+class Pointer(BaseModel):
+    """Where the pointer points, and all its moves, the oldest first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    path: str
+    key: str
+    history: list[PointerEntry]
+
+    def to_text(self) -> str:
+        """Return the canonical text that is stored, its own hash included."""
+        return sealed_text(self.model_dump(mode="json"), _HASH_NAME)
+
+
+def read_pointer(path: Path) -> Pointer | None:
+    """Return the pointer in the file `path`, or None when there is no such file.
+
+    Raises:
+        CorruptError: it is not the text that was written, or names a place outside its folder.
+        InputError: another version of spin wrote it, or it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); mend its permissions, or move it away"
+        ) from None
+    pointer = _parse(path, data)
+    for entry in pointer.history:
+        inner_path(path.parent, entry.path, named_by=path.name)
+    return pointer
+
+
+def _parse(path: Path, data: bytes) -> Pointer:
+    remedy = f"delete {path} and run the promotions of this run again"
+    try:
+        body: dict[str, Any] = open_sealed(data, _HASH_NAME)
+    except ValueError:
+        raise CorruptError(f"{path} is damaged (its hash does not match); {remedy}") from None
+    if body.get("format") != POINTER_FORMAT:
+        raise InputError(
+            f"{path} has pointer format {body.get('format')}, this spin reads {POINTER_FORMAT}; "
+            "use the version of spin that wrote it"
+        )
+    try:
+        pointer = Pointer.model_validate(body)
+    except ValidationError:
+        raise CorruptError(f"{path} is damaged (fields are missing); {remedy}") from None
+    last = pointer.history[-1] if pointer.history else None
+    if last is None or (last.path, last.key) != (pointer.path, pointer.key):
+        raise CorruptError(f"{path} is damaged (it is not where its history ends); {remedy}")
+    return pointer
+
+
+def move_pointer(path: Path, target: PointerEntry) -> bool:
+    """Point the file `path` at `target`, unless the same decision has moved it before.
+
+    So a promotion that is run again changes nothing, not even after a later one or a roll-back.
+
+    Returns:
+        True when the pointer moved, False when `target.decision_key` is in its history.
+
+    Raises:
+        BusyError: another process is moving it.
+        CorruptError: the pointer is damaged, or `target.path` leaves its folder.
+    """
+    assert target.decision_key is not None, "a move needs the key of its decision"
+    with locks.hold(locks.lock_path(path), str(path)):
+        inner_path(path.parent, target.path, named_by=path.name)
+        pointer = read_pointer(path)
+        history = pointer.history if pointer else []
+        if any(entry.decision_key == target.decision_key for entry in history):
+            return False
+        _write(path, [*history, target])
+    return True
+
+
+def roll_back(path: Path) -> Pointer:
+    """Point back to the target before the present one, which the history keeps.
+
+    Like undo: a second roll-back goes one target further back.
+
+    Raises:
+        InputError: there is no earlier target, or its artifact is gone.
+        BusyError: another process is moving the pointer.
+        CorruptError: the pointer is damaged.
+    """
+    with locks.hold(locks.lock_path(path), str(path)):
+        pointer = read_pointer(path)
+        if pointer is None:
+            raise InputError(f"{path} does not exist, so nothing was promoted; nothing to undo")
+        trail = _trail(pointer.history)
+        if len(trail) < 2:
+            raise InputError(
+                f"{path} points to {pointer.path}, and no other was promoted before it; "
+                f"to start over without a champion, delete {path}"
+            )
+        previous = trail[-2]
+        if not inner_path(path.parent, previous.path, named_by=path.name).exists():
+            raise InputError(
+                f"{path} cannot go back to {previous.path}, which does not exist any more; "
+                "make it again with `spin run`, or promote another"
+            )
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        entry = PointerEntry(
+            path=previous.path,
+            key=previous.key,
+            reason=f"rolled back from {pointer.path}",
+            decision_key=None,
+            at=now,
+        )
+        return _write(path, [*pointer.history, entry])
+
+
+def _trail(history: list[PointerEntry]) -> list[PointerEntry]:
+    """Return the targets that lead to the present one, roll-backs undone, no two alike in a row."""
+    trail: list[PointerEntry] = []
+    for entry in history:
+        if entry.decision_key is None:
+            del trail[-1:]
+        elif not trail or (trail[-1].path, trail[-1].key) != (entry.path, entry.key):
+            trail.append(entry)
+    return trail
+
+
+def _write(path: Path, history: list[PointerEntry]) -> Pointer:
+    last = history[-1]
+    pointer = Pointer(format=POINTER_FORMAT, path=last.path, key=last.key, history=history)
+    write_durably(path, pointer.to_text())
+    return pointer

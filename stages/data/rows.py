@@ -1,0 +1,150 @@
+"""The Arrow schemas of all rows on disk, each written once, here.
+
+Every table is sorted by `prompt_id` (then by sample or pair index), so that tables are joined by
+id in one streaming pass. A prompt id is a hash, so this order is also a stable shuffle.
+"""
+
+import pyarrow as pa
+
+_TOKENS = pa.list_(pa.int32())
+_MESSAGE = pa.struct(
+    [
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+    ]
+)
+
+
+def _schema(**columns: pa.DataType | tuple[pa.DataType, str]) -> pa.Schema:
+    """Build a schema; a column given as (type, "optional") may be null."""
+    fields = [
+        pa.field(name, kind[0], nullable=True)
+        if isinstance(kind, tuple)
+        else pa.field(name, kind, nullable=False)
+        for name, kind in columns.items()
+    ]
+    return pa.schema(fields)
+
+
+PROMPTS = _schema(
+    prompt_id=pa.string(),
+    messages=pa.list_(_MESSAGE),
+    response=pa.string(),
+    source=pa.string(),
+    source_row=pa.int64(),
+)
+"""A prompt as messages, and the human response to it."""
+
+GENERATIONS = _schema(
+    prompt_id=pa.string(),
+    sample_index=pa.int32(),
+    seed=pa.int64(),
+    prompt_token_ids=_TOKENS,
+    response_token_ids=_TOKENS,
+    response=pa.string(),
+    finish_reason=pa.string(),
+    token_logprobs=pa.list_(pa.float32()),
+)
+"""One sample. `response` is the text of the response tokens without the stop token."""
+
+REWARDS = _schema(
+    prompt_id=pa.string(),
+    sample_index=pa.int32(),
+    reward=pa.float64(),
+)
+"""The score of one sample."""
+
+DROPPED = _schema(
+    prompt_id=pa.string(),
+    reason=pa.string(),
+    detail=pa.string(),
+)
+"""A prompt or row that was left out, and why."""
+
+_PAIR_COLUMNS: dict[str, pa.DataType | tuple[pa.DataType, str]] = {
+    "prompt_id": pa.string(),
+    "pair_index": pa.int32(),
+    "prompt_token_ids": _TOKENS,
+    "chosen_token_ids": _TOKENS,
+    "rejected_token_ids": _TOKENS,
+    "chosen": pa.string(),
+    "rejected": pa.string(),
+    "chosen_source": pa.string(),
+    "rejected_source": pa.string(),
+    "chosen_reward": (pa.float64(), "optional"),
+    "rejected_reward": (pa.float64(), "optional"),
+    "win_probability": (pa.float64(), "optional"),
+}
+PAIRS = _schema(**_PAIR_COLUMNS)
+"""A chosen and a rejected response to one prompt; a source is `human` or `sample N`."""
+
+SCORED_PAIRS = _schema(
+    **_PAIR_COLUMNS,
+    reference_chosen_logprob=pa.float64(),
+    reference_rejected_logprob=pa.float64(),
+)
+"""Pairs with the summed log-probabilities of both responses under the reference."""
+
+SUPERVISED = _schema(
+    prompt_id=pa.string(),
+    prompt_token_ids=_TOKENS,
+    chosen_token_ids=_TOKENS,
+    rejected_token_ids=_TOKENS,
+)
+"""Rows of supervised training: as pairs, with no rejected response."""
+
+TRAIN_METRICS = _schema(
+    step=pa.int32(),
+    epoch=pa.float64(),
+    learning_rate=pa.float64(),
+    loss=pa.float64(),
+    accuracy=pa.float64(),
+    margin=pa.float64(),
+    chosen_logratio=pa.float64(),
+    rejected_logratio=pa.float64(),
+    chosen_logprob=pa.float64(),
+    rejected_logprob=pa.float64(),
+    grad_norm=pa.float64(),
+    pairs=pa.int32(),
+    tokens=pa.int64(),
+)
+"""One optimizer step of train: means over the global batch; `margin` is β times the difference of
+the two log-ratios, and `grad_norm` is taken before clipping."""
+
+SFT_METRICS = _schema(
+    step=pa.int32(),
+    epoch=pa.float64(),
+    learning_rate=pa.float64(),
+    loss=pa.float64(),
+    grad_norm=pa.float64(),
+    rows=pa.int32(),
+    tokens=pa.int64(),
+)
+"""One optimizer step of sft; `loss` is the mean negative log-likelihood a response token."""
+
+TIMINGS = _schema(
+    step=pa.int32(),
+    seconds=pa.float64(),
+    tokens_per_s=pa.float64(),
+)
+"""Wall time of the steps; a volatile file, kept apart so that all else can be compared by hash."""
+
+EXAMPLES = _schema(
+    prompt_id=pa.string(),
+    human=pa.string(),
+    sampled=pa.string(),
+    sampled_seed=pa.int64(),
+    sampled_finish_reason=pa.string(),
+    sampled_token_ids=_TOKENS,
+    sampled_reward=(pa.float64(), "optional"),
+    greedy=(pa.string(), "optional"),
+    greedy_finish_reason=(pa.string(), "optional"),
+    greedy_reward=(pa.float64(), "optional"),
+    human_logprob=pa.float64(),
+    human_tokens=pa.int32(),
+    opponent_sample=(pa.string(), "optional"),
+    human_margin=(pa.float64(), "optional"),
+    opponent_margin=(pa.float64(), "optional"),
+)
+"""One held-out prompt under the player. `human_margin` and `opponent_margin` are the implicit
+rewards β(log π_player − log π_opponent) of the human response and of the opponent's own sample."""

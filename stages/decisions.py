@@ -1,0 +1,171 @@
+"""Who plays whom: what was decided in a run, read from its decisions and its pointer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.artifacts import open_artifact, read_manifest
+from stages.artifacts.json_file import read_object
+from stages.artifacts.manifest import MANIFEST_NAME
+from stages.artifacts.pointer import Pointer, PointerEntry, read_pointer
+from stages.config import Recipe, RunConfig
+from stages.errors import ConfigError, CorruptError, GateRefusedError, InputError
+from stages.layout import RunLayout
+
+METRICS = "metrics.json"
+DECISION = "decision.json"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate said; its fields are those of decision.json."""
+
+    promoted: bool
+    metric: str
+    value: float | None
+    """None when the evaluation could not say (NaN)."""
+    champion_value: float | None
+    min_value: float | None
+    min_gain: float | None
+    reasons: list[str]
+    """One sentence a condition."""
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A model to play against, and its own evaluation."""
+
+    model: str
+    """A path, or a hub id."""
+    revision: str | None
+    evaluation: str
+    """The path of an evaluate artifact."""
+
+
+def read_decision(out: Path) -> Decision:
+    """Return the decision in a finished promote artifact.
+
+    Raises:
+        InputError: there is no such artifact.
+        CorruptError: its bytes have changed.
+    """
+    values = read_object(open_artifact(out, stages=("promote",)), DECISION)
+    try:
+        return Decision(**values)
+    except TypeError:
+        raise CorruptError(
+            f"{out / DECISION} lacks fields; delete {out} and run its stage again"
+        ) from None
+
+
+def champion_evaluation(layout: RunLayout, iteration: int) -> Path | None:
+    """Return the evaluation that an iteration's player has to beat.
+
+    It is the champion's before this iteration, found through the pointer; before there is a
+    champion it is the start's. A decision that is finished keeps the one it was made with.
+
+    Raises:
+        InputError: the champion was never evaluated.
+    """
+    out = layout.stage(iteration, "promote")
+    if (out / MANIFEST_NAME).is_file():
+        recorded = open_artifact(out, stages=("promote",)).manifest.inputs
+        ref = recorded.get("champion_evaluation")
+        return None if ref is None else layout.root / ref.path
+    pointer = read_pointer(layout.champion)
+    champion = _before(pointer, layout.relative(layout.stage(iteration, "train")))
+    if champion is None:
+        start = layout.start_evaluation
+        return start if (start / MANIFEST_NAME).is_file() else None
+    number = layout.iteration_of(champion.path)
+    evaluation = layout.stage(number, "evaluate") if number is not None else None
+    if evaluation is None or not (evaluation / MANIFEST_NAME).is_file():
+        raise InputError(
+            f"{layout.champion} points to {champion.path}, which has no evaluation to compare "
+            "with; evaluate it, or roll back: spin promote RUN --rollback"
+        )
+    return evaluation
+
+
+def first_opponent(layout: RunLayout, config: RunConfig) -> Opponent:
+    """Return the opponent of iteration 0: what sft makes, or the recipe's model itself.
+
+    Raises:
+        ConfigError: the recipe names no model to start from.
+    """
+    if config.sft is not None:
+        return Opponent(str(layout.sft), None, str(layout.start_evaluation))
+    if config.model.path is None:
+        raise ConfigError(
+            f"recipe {config.name}: no model to start from; set model.path=MODEL, or add an sft "
+            "section with sft.init=random"
+        )
+    return Opponent(config.model.path, config.model.revision, str(layout.start_evaluation))
+
+
+def player(layout: RunLayout, iteration: int) -> Opponent:
+    """Return what an iteration trains, as the opponent of a later one."""
+    model = str(layout.stage(iteration, "train"))
+    return Opponent(model, None, str(layout.stage(iteration, "evaluate")))
+
+
+def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
+    """Return the opponent of an iteration, by what was decided in the one before it.
+
+    Once an iteration has generated, its opponent stays who it was, whatever the pointer does.
+    A player that was promoted and rolled back counts as refused.
+
+    Raises:
+        GateRefusedError: the player before was refused, and the recipe stops there.
+        InputError: the iteration before is not decided yet.
+        ConfigError: the recipe names no model to start from.
+    """
+    first = first_opponent(layout, recipe.for_iteration())
+    if iteration == 0:
+        return first
+    before = iteration - 1
+    policy = recipe.for_iteration(before).promote.on_refusal
+    out = layout.stage(before, "promote")
+    if not (out / MANIFEST_NAME).is_file():
+        raise InputError(
+            f"{layout.root}: iteration {before} is not decided yet; "
+            f"run: spin promote {layout.root} --iteration {before}"
+        )
+    decision = read_decision(out)
+    if not decision.promoted and policy == "stop":
+        raise _refusal(layout, before, "; ".join(decision.reasons))
+    generated = layout.stage(iteration, "generate")
+    if (generated / MANIFEST_NAME).is_file():
+        ref = read_manifest(generated).inputs["model"]
+        return _at(layout, ref.path) if ref.inside_run else first
+    champion = read_pointer(layout.champion)
+    last = player(layout, before)
+    held = champion is not None and _at(layout, champion.path) == last
+    if policy == "player" or (decision.promoted and held):
+        return last
+    if policy == "stop":
+        raise _refusal(layout, before, "it was promoted, and rolled back since")
+    return first if champion is None else _at(layout, champion.path)
+
+
+def _before(pointer: Pointer | None, player: str) -> PointerEntry | None:
+    """Return where the pointer was before it first pointed at `player`."""
+    history = pointer.history if pointer else []
+    own = (i for i, entry in enumerate(history) if entry.path == player)
+    index = next(own, len(history))
+    return history[index - 1] if index else None
+
+
+def _at(layout: RunLayout, relative: str) -> Opponent:
+    """Return the model at a place in the run, with the evaluation that lies beside it."""
+    iteration = layout.iteration_of(relative)
+    evaluation = (
+        layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
+    )
+    return Opponent(str(layout.root / relative), None, str(evaluation))
+
+
+def _refusal(layout: RunLayout, iteration: int, why: str) -> GateRefusedError:
+    return GateRefusedError(
+        f"{layout.root}: iteration {iteration} was not promoted: {why}; to play on all the same, "
+        "run again with promote.on_refusal=champion (or player) --amend"
+    )

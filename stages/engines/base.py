@@ -1,0 +1,60 @@
+"""The one interface of all generation engines: token ids in, token ids and log-probabilities out."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer once."""
+
+    request_id: str
+    """Unique within a call."""
+    prompt_token_ids: list[int]
+    seed: int
+    """0 <= seed < 2**63; decides the sampled tokens of this request alone."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the same for all requests of a call."""
+
+    temperature: float
+    """0 takes the most probable token each time (greedy)."""
+    top_p: float
+    top_k: int
+    """0 keeps the whole vocabulary."""
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer."""
+
+    request_id: str
+    token_ids: list[int]
+    """Ends with a stop token exactly when `finish_reason` is "stop"."""
+    token_logprobs: list[float]
+    """Of the model itself (temperature 1, no truncation), one a token, the stop token included."""
+    finish_reason: str
+    """"stop", or "length" for an answer that was cut off."""
+
+
+class Engine(Protocol):
+    """Answers requests. Engines know nothing of shards, rewards or pairs."""
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Answer every request once, in any order, as they finish.
+
+        Pulls requests lazily, a bounded number in flight.
+
+        Raises:
+            ValueError: a request does not fit the engine's length limit.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory; the engine is of no use afterwards."""
+        ...

@@ -1,0 +1,53 @@
+"""Errors a user can cause or must act on, each with the exit code that cron relies on.
+
+Exit codes: 0 done or already done, 1 our bug, 2 usage or config, 3 input missing or refused,
+4 corrupt artifact, 5 diverged, 6 gate refused promotion, 7 no space, 75 busy.
+"""
+
+
+class SpinError(Exception):
+    """Base of every error that is shown as one line; its message names thing, value and remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(SpinError):
+    """Wrong usage or configuration, or an output place that holds something else."""
+
+    exit_code = 2
+
+
+class InputError(SpinError):
+    """An input is missing, empty, or refused."""
+
+    exit_code = 3
+
+
+class CorruptError(SpinError):
+    """An artifact's bytes are not those its manifest names."""
+
+    exit_code = 4
+
+
+class DivergedError(SpinError):
+    """Training met NaN or Inf, failed its start-up check, or a collapse alarm stopped it."""
+
+    exit_code = 5
+
+
+class GateRefusedError(SpinError):
+    """The gate refused to promote the player."""
+
+    exit_code = 6
+
+
+class NoSpaceError(SpinError):
+    """The disk is full or a quota is spent."""
+
+    exit_code = 7
+
+
+class BusyError(SpinError):
+    """Another process holds the lock on this place."""
+
+    exit_code = 75

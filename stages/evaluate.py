@@ -1,0 +1,363 @@
+"""evaluate: the player on held-out prompts, alone and against the opponent; one row an example."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages import engines
+from stages.artifacts import (
+    Artifact,
+    InputRef,
+    Manifest,
+    Outcome,
+    Plan,
+    TableWriter,
+    Workspace,
+    open_artifact,
+    produce,
+    read_rows,
+    run_root,
+)
+from stages.artifacts.keys import row_seed
+from stages.artifacts.tables import Row
+from stages.config import EvaluateConfig, RunConfig
+from stages.data.chat import Renderer, RowRefusedError, make_renderer
+from stages.data.draw import smallest_by_hash
+from stages.data.rows import EXAMPLES, PROMPTS
+from stages.engines.base import Completion, Engine, Request, Sampling
+from stages.errors import InputError
+from stages.model.attention import PairTokens
+from stages.model.load import ModelSource, best_device, load_model, resolve_model
+from stages.model.pairs import PairForward, autocast
+from stages.progress import progress
+from stages.rewards import Reward, open_reward
+
+FORMAT_VERSION = 1
+HELDOUT_ITERATION = -1
+"""Stands for the iteration in held-out seeds: every model draws with the same seeds."""
+
+
+@dataclass(frozen=True)
+class EvaluateInputs:
+    """What evaluate reads."""
+
+    model: str
+    data: Path
+    revision: str | None = None
+    opponent: str | None = None
+    """The model that the player is compared with; None evaluates the model alone."""
+    opponent_revision: str | None = None
+    opponent_evaluation: Path | None = None
+    """The opponent's own evaluation, whose samples are then not drawn again."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out prompt, rendered."""
+
+    prompt_id: str
+    human: str
+    prompt_token_ids: list[int]
+    human_token_ids: list[int]
+
+
+OpenEngine = Callable[..., Engine]
+
+
+def run(
+    config: RunConfig,
+    inputs: EvaluateInputs,
+    out: Path,
+    *,
+    open_engine: OpenEngine = engines.open_engine,
+) -> Manifest:
+    """Write examples.parquet and metrics.json.
+
+    Metrics, where they exist: `sampled_accuracy` and `greedy_accuracy` (mean reward),
+    `human_logprob_per_token`, `heldout_reward_accuracy` (how often the human response has a
+    higher implicit reward than the opponent's own sample; a tie counts one half, so that 0.5
+    means that the two cannot be told apart) and `heldout_reward_margin` (their mean difference).
+
+    Raises:
+        InputError: inputs are missing or do not belong together, or no prompt is held out.
+    """
+    data = open_artifact(inputs.data, stages=("prepare",), verify=config.verify)
+    root = run_root(out)
+    model = resolve_model(inputs.model, inputs.revision, root, config.verify)
+    renderer = make_renderer(model.path, config.chat)
+    refs = {"data": data.input_ref(root), "model": model.ref}
+    opponent = None
+    if inputs.opponent is not None:
+        source = resolve_model(inputs.opponent, inputs.opponent_revision, root, config.verify)
+        refs["opponent"] = source.ref
+        samples = _open_opponent_evaluation(inputs, source.ref, refs, root, config.verify)
+        opponent = _Opponent(source, samples)
+    plan = Plan(
+        stage="evaluate",
+        format_version=FORMAT_VERSION,
+        config={
+            "seed": config.seed,
+            "evaluate": config.evaluate.identity(),
+            "engine": _engine(config).identity(),
+            "reward": config.reward.identity(),
+            "beta": config.train.beta if opponent else None,
+            "chat": config.chat.identity(),
+        },
+        inputs=refs,
+        fingerprints={"chat": renderer.fingerprint},
+    )
+    work = _Work(config, data, model, renderer, open_engine)
+    return produce(out, plan, lambda space: _fill(space, work, opponent))
+
+
+@dataclass(frozen=True)
+class _Opponent:
+    source: ModelSource
+    evaluation: Artifact | None
+
+
+@dataclass(frozen=True)
+class _Work:
+    config: RunConfig
+    data: Artifact
+    model: ModelSource
+    renderer: Renderer
+    open_engine: OpenEngine
+
+
+def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
+    config = work.config.evaluate
+    examples, refused = _render(work)
+    reward = None if work.config.reward.name == "none" else open_reward(work.config.reward.name)
+    sampled, greedy = _answer(work, work.model, examples, with_greedy=reward is not None)
+    rows = [_row(e, sampled[e.prompt_id], greedy.get(e.prompt_id), work) for e in examples]
+    if reward is not None:
+        _add_rewards(rows, reward)
+
+    theirs = _opponent_samples(work, opponent, examples) if opponent else {}
+    pairs = [
+        PairTokens(e.prompt_token_ids, e.human_token_ids, theirs.get(e.prompt_id, []))
+        for e in examples
+    ]
+    player_logprobs = _logprobs(work.model, work.renderer, pairs, config)
+    for row, example, (human, _) in zip(rows, examples, player_logprobs, strict=True):
+        row |= {"human_logprob": human, "human_tokens": len(example.human_token_ids)}
+    if opponent:
+        opponent_logprobs = _logprobs(opponent.source, work.renderer, pairs, config)
+        beta = work.config.train.beta
+        for row, pair, player, other in zip(
+            rows, pairs, player_logprobs, opponent_logprobs, strict=True
+        ):
+            row["opponent_sample"] = work.renderer.text(pair.rejected)
+            row["human_margin"] = beta * (player[0] - other[0])
+            same = list(pair.chosen) == list(pair.rejected)  # rounding must not break the tie
+            row["opponent_margin"] = row["human_margin"] if same else beta * (player[1] - other[1])
+    with TableWriter(space.file("examples.parquet"), EXAMPLES) as table:
+        table.extend(rows)
+    metrics = summarize(rows)
+    space.file("metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    return Outcome(
+        counts={"prompts": len(rows), "dropped_refused": refused},
+        metrics=metrics,
+        tokens=sum(len(row["sampled_token_ids"]) for row in rows),
+    )
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the flat metrics of some rows of EXAMPLES; see `run`."""
+    metrics: dict[str, float] = {"prompts": len(rows)}
+    for name in ("sampled", "greedy"):
+        rewards = [r[f"{name}_reward"] for r in rows if r[f"{name}_reward"] is not None]
+        if rewards:
+            metrics[f"{name}_accuracy"] = _mean(rewards)
+    metrics["sampled_cut_off_share"] = _mean([r["sampled_finish_reason"] == "length" for r in rows])
+    metrics["sampled_mean_tokens"] = _mean([len(r["sampled_token_ids"]) for r in rows])
+    metrics["sampled_identical_share"] = _mean([r["sampled"] == r["human"] for r in rows])
+    metrics["human_logprob_per_token"] = sum(r["human_logprob"] for r in rows) / sum(
+        r["human_tokens"] for r in rows
+    )
+    compared = [r for r in rows if r["human_margin"] is not None]
+    if compared:
+        margins = [r["human_margin"] - r["opponent_margin"] for r in compared]
+        metrics["heldout_reward_accuracy"] = _mean([(m > 0) + 0.5 * (m == 0) for m in margins])
+        metrics["heldout_reward_margin"] = _mean(margins)
+        metrics["heldout_identical_share"] = _mean(
+            [r["opponent_sample"] == r["human"] for r in compared]
+        )
+    return metrics
+
+
+def _render(work: _Work) -> tuple[list[Example], int]:
+    """Render the held-out prompts; return them, and how many the renderer refused."""
+    drawn = None
+    if work.config.evaluate.max_prompts is not None:
+        ids = (row["prompt_id"] for row in _heldout(work.data))
+        drawn = smallest_by_hash(ids, work.config.evaluate.max_prompts, "evaluate")
+    examples, refused = [], 0
+    for row in _heldout(work.data):
+        if drawn is not None and row["prompt_id"] not in drawn:
+            continue
+        try:
+            prompt = work.renderer.prompt_tokens(row["messages"])
+            human = work.renderer.response_tokens(row["response"])
+        except RowRefusedError:
+            refused += 1
+            continue
+        examples.append(Example(row["prompt_id"], row["response"], prompt, human))
+    if not examples:
+        raise InputError(
+            f"{work.data.path} has no held-out prompt to evaluate on; set prepare.heldout_size "
+            "or prepare.heldout_source and run prepare again"
+        )
+    return examples, refused
+
+
+def _heldout(data: Artifact) -> Any:
+    return read_rows(data.files("heldout-"), PROMPTS)
+
+
+def _answer(
+    work: _Work, source: ModelSource, examples: Sequence[Example], *, with_greedy: bool
+) -> tuple[dict[str, Completion], dict[str, Completion]]:
+    """Return sampled and greedy answers by prompt id; greedy ones only where they are wanted."""
+    config = work.config.evaluate
+    longest = max(len(e.prompt_token_ids) for e in examples) + config.max_new_tokens
+    engine = work.open_engine(
+        _engine(work.config),
+        source.path,
+        max_model_len=_engine(work.config).max_model_len or longest,
+        pad_token_id=work.renderer.pad_token_id,
+    )
+    passes = [config.temperature] + ([0.0] if with_greedy and config.greedy else [])
+    answers: list[dict[str, Completion]] = [{}, {}]
+    try:
+        with progress("evaluate", total=len(passes) * len(examples), unit="answers") as bar:
+            for temperature, found in zip(passes, answers, strict=False):
+                sampling = Sampling(
+                    temperature=temperature,
+                    top_p=config.top_p,
+                    top_k=config.top_k,
+                    max_new_tokens=config.max_new_tokens,
+                    stop_token_ids=work.renderer.stop_token_ids,
+                )
+                for done in engine.generate(_requests(work, examples), sampling):
+                    found[done.request_id] = done
+                    bar.advance(1, len(done.token_ids))
+    finally:
+        engine.close()
+    return answers[0], answers[1]
+
+
+def _requests(work: _Work, examples: Sequence[Example]) -> list[Request]:
+    return [
+        Request(e.prompt_id, e.prompt_token_ids, _seed(work.config.seed, e.prompt_id))
+        for e in examples
+    ]
+
+
+def _seed(run_seed: int, prompt_id: str) -> int:
+    return row_seed(run_seed, HELDOUT_ITERATION, prompt_id, 0)
+
+
+def _row(example: Example, sampled: Completion, greedy: Completion | None, work: _Work) -> Row:
+    text = work.renderer.text
+    return {
+        "prompt_id": example.prompt_id,
+        "human": example.human,
+        "sampled": text(sampled.token_ids),
+        "sampled_seed": _seed(work.config.seed, example.prompt_id),
+        "sampled_finish_reason": sampled.finish_reason,
+        "sampled_token_ids": sampled.token_ids,
+        "sampled_reward": None,
+        "greedy": text(greedy.token_ids) if greedy else None,
+        "greedy_finish_reason": greedy.finish_reason if greedy else None,
+        "greedy_reward": None,
+        "opponent_sample": None,
+        "human_margin": None,
+        "opponent_margin": None,
+    }
+
+
+def _add_rewards(rows: Sequence[Row], reward: Reward) -> None:
+    """Score both answers in place.
+
+    Raises:
+        InputError: a human response cannot be compared with.
+    """
+    for row in rows:
+        try:
+            row["sampled_reward"] = reward(row["sampled"], row["human"])
+            if row["greedy"] is not None:
+                row["greedy_reward"] = reward(row["greedy"], row["human"])
+        except ValueError as error:
+            raise InputError(
+                f"held-out prompt {row['prompt_id']} cannot be scored: {error}; "
+                "is reward.name right for this data?"
+            ) from error
+
+
+def _opponent_samples(
+    work: _Work, opponent: _Opponent, examples: Sequence[Example]
+) -> dict[str, list[int]]:
+    """Return the opponent's own sample for each prompt, from its evaluation or drawn now."""
+    if opponent.evaluation is None:
+        sampled, _ = _answer(work, opponent.source, examples, with_greedy=False)
+        return {prompt_id: done.token_ids for prompt_id, done in sampled.items()}
+    columns = ["prompt_id", "sampled_token_ids"]
+    rows = read_rows([opponent.evaluation.file("examples.parquet")], EXAMPLES, columns=columns)
+    found = {row["prompt_id"]: row["sampled_token_ids"] for row in rows}
+    missing = sum(e.prompt_id not in found for e in examples)
+    if missing:
+        raise InputError(
+            f"{opponent.evaluation.path} lacks {missing} of {len(examples)} held-out prompts; "
+            "evaluate the opponent on the same data, or leave out --opponent-evaluation"
+        )
+    return found
+
+
+def _logprobs(
+    source: ModelSource, renderer: Renderer, pairs: Sequence[PairTokens], config: EvaluateConfig
+) -> list[tuple[float, float]]:
+    """Return (human, opponent's sample) log-probabilities of every pair under one model."""
+    model = load_model(source.path).to(best_device())
+    forward = PairForward(model, config.attention, renderer.pad_token_id)
+    found = [(0.0, 0.0)] * len(pairs)
+    for group in forward.micro_batches(pairs, config.token_budget, config.micro_batch_size):
+        with torch.inference_mode(), autocast(model.device, config.precision):
+            out = forward([pairs[i] for i in group])
+        for i, human, other in zip(
+            group, out.chosen_B.tolist(), out.rejected_B.tolist(), strict=True
+        ):
+            found[i] = (human, other)
+    return found
+
+
+def _open_opponent_evaluation(
+    inputs: EvaluateInputs,
+    opponent: InputRef,
+    refs: dict[str, InputRef],
+    root: Path | None,
+    verify: bool,
+) -> Artifact | None:
+    if inputs.opponent_evaluation is None:
+        return None
+    found = open_artifact(inputs.opponent_evaluation, stages=("evaluate",), verify=verify)
+    if found.manifest.inputs["model"].key != opponent.key:
+        raise InputError(
+            f"{found.path} evaluates another model than {inputs.opponent}; "
+            "give the opponent's own evaluation, or leave out --opponent-evaluation"
+        )
+    refs["opponent_evaluation"] = found.input_ref(root)
+    return found
+
+
+def _engine(config: RunConfig) -> Any:
+    return config.evaluate.engine or config.generate.engine
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

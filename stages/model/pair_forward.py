@@ -1,0 +1,139 @@
+"""Log-probabilities of pairs under a causal language model: one fast way and its two slow twins.
+
+Shape legend: B = pairs, S = 2B sequences, T = positions of a row or of the longest sequence,
+N = response tokens, D = hidden width, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from stages.model.attention import ATTENTION_NAME, PairLayout, PairTokens
+from stages.objective.logprobs import chunked_logprobs, logprobs_from_logits
+from stages.objective.losses import PairLogprobs
+
+
+def supports_chunked_head(config: PretrainedConfig) -> str | None:
+    """None if logits are a plain linear map of the last hidden state, else the reason."""
+    for name, neutral in (
+        ("final_logit_softcapping", None),
+        ("logit_scale", 1.0),
+        ("logits_scaling", 1.0),
+    ):
+        value = getattr(config, name, neutral)
+        if value is not None and value != neutral:
+            return f"{config.model_type} changes its logits after the head ({name} = {value})"
+    return None
+
+
+def pair_logprobs_shared(
+    model: PreTrainedModel, layout: PairLayout, chunk_size: int | None = None
+) -> PairLogprobs:
+    """Both responses of every pair in one packed row, in one forward of the base model.
+
+    `model` must use the attention "spin_shared" (`model.set_attn_implementation`). A layout
+    without sharing also runs with any other attention for which transformers tells packed
+    documents apart by their restarting positions; that is the way for models that
+    `supports_shared` refuses, as far as `supports_chunked_head` does not. Whole logits never
+    exist. Sums are added up in fp64 and returned in fp32: fp32 adds lose 1e-6 of sums near -5,000.
+    """
+    kwargs = {}
+    if model.config._attn_implementation == ATTENTION_NAME:
+        kwargs["spin_segments"] = layout.segments
+    elif layout.is_shared:
+        raise ValueError(
+            f"a layout with shared prompts needs attention {ATTENTION_NAME}, not "
+            f"{model.config._attn_implementation}; call model.set_attn_implementation"
+        )
+    hidden_TD = model.get_decoder()(
+        input_ids=layout.input_ids_T.unsqueeze(0),
+        position_ids=layout.position_ids_T.unsqueeze(0),
+        use_cache=False,
+        **kwargs,
+    ).last_hidden_state.squeeze(0)
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), f"the head of {type(model).__name__} is {type(head)}"
+    logprobs_N = chunked_logprobs(
+        hidden_TD.index_select(0, layout.predictor_N),
+        head.weight,
+        layout.label_N,
+        bias_V=head.bias,
+        chunk_size=chunk_size,
+    )
+    sums_S = logprobs_N.new_zeros(2 * layout.num_pairs, dtype=torch.float64)
+    sums_S = sums_S.index_add(0, layout.owner_N, logprobs_N.double()).to(logprobs_N.dtype)
+    return PairLogprobs(
+        chosen_B=sums_S[0::2],
+        rejected_B=sums_S[1::2],
+        chosen_tokens_B=layout.chosen_tokens_B,
+        rejected_tokens_B=layout.rejected_tokens_B,
+    )
+
+
+class PairModel(nn.Module):
+    """A causal language model whose forward is `pair_logprobs_shared`.
+
+    For `fully_shard` and data-parallel wrappers, which gather parameters and hook gradients
+    around a forward: the base model and the head are then used inside one.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_size: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_size = chunk_size
+
+    def forward(self, layout: PairLayout) -> PairLogprobs:
+        """As `pair_logprobs_shared`."""
+        return pair_logprobs_shared(self.model, layout, self.chunk_size)
+
+
+def pair_logprobs_one_at_a_time(
+    model: PreTrainedModel, pairs: Sequence[PairTokens]
+) -> PairLogprobs:
+    """The slow twin: each sequence alone through the plain model, with all of its logits."""
+    sums_S = []
+    for pair in pairs:
+        for response in (pair.chosen, pair.rejected):
+            if not len(response):  # a supervised row has no rejected response
+                sums_S.append(torch.zeros(1, device=model.device))
+                continue
+            ids_T = torch.tensor([*pair.prompt, *response], device=model.device)
+            logits_1TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits
+            predicts_T = torch.arange(1, len(ids_T), device=model.device) >= len(pair.prompt)
+            sums_S.append(logprobs_from_logits(logits_1TV[:, :-1], ids_T[None, 1:], predicts_T[None]))
+    return _interleaved(torch.cat(sums_S), pairs)
+
+
+def pair_logprobs_padded(
+    model: PreTrainedModel, pairs: Sequence[PairTokens], pad_token_id: int
+) -> PairLogprobs:
+    """The usual way: chosen and rejected sequences as one right-padded batch with all logits."""
+    sequences = [
+        (pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)
+    ]
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids_ST = torch.full((len(sequences), longest), pad_token_id)
+    attention_ST = torch.zeros_like(ids_ST)
+    scored_ST = torch.zeros_like(ids_ST)
+    for row, (prompt, response) in enumerate(sequences):
+        stop = len(prompt) + len(response)
+        ids_ST[row, :stop] = torch.tensor([*prompt, *response])
+        attention_ST[row, :stop] = 1
+        scored_ST[row, len(prompt) : stop] = 1
+    ids_ST, scored_ST = ids_ST.to(model.device), scored_ST.to(model.device)
+    logits_STV = model(
+        input_ids=ids_ST, attention_mask=attention_ST.to(model.device), use_cache=False
+    ).logits
+    sums_S = logprobs_from_logits(logits_STV[:, :-1], ids_ST[:, 1:], scored_ST[:, 1:])
+    return _interleaved(sums_S, pairs)
+
+
+def _interleaved(sums_S: Tensor, pairs: Sequence[PairTokens]) -> PairLogprobs:
+    return PairLogprobs(
+        chosen_B=sums_S[0::2],
+        rejected_B=sums_S[1::2],
+        chosen_tokens_B=torch.tensor([len(pair.chosen) for pair in pairs], device=sums_S.device),
+        rejected_tokens_B=torch.tensor([len(p.rejected) for p in pairs], device=sums_S.device),
+    )

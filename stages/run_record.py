@@ -1,0 +1,116 @@
+"""run.json: the recipe that a run was started with, so that it is never carried on with another."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts.files import make_folder, write_durably
+from stages.artifacts.keys import canonical_json, open_sealed, sealed_text
+from stages.config import Recipe, recipe_from_json
+from stages.errors import ConfigError, CorruptError, InputError
+from stages.layout import RunLayout
+
+RECORD_FORMAT = 1
+_HASH_NAME = "sha256"
+
+
+def read_recipe(layout: RunLayout) -> Recipe:
+    """Return the recipe of a run.
+
+    Raises:
+        InputError: the directory is no run.
+        CorruptError: its run.json cannot be read.
+    """
+    recipe = _find_recipe(layout)
+    if recipe is None:
+        what = "is no run directory (no run.json)" if layout.root.exists() else "does not exist"
+        raise InputError(
+            f"{layout.root} {what}; correct the path, or start it: "
+            f"spin init {layout.root} --config RECIPE"
+        )
+    return recipe
+
+
+def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -> None:
+    """Write the run's record, or check that the run goes on with the recipe it was started with.
+
+    The caller holds the run's lock.
+
+    Args:
+        amend: take the new recipe for all that is not done yet.
+
+    Raises:
+        ConfigError: the recipe differs in what decides results, or the place is taken.
+    """
+    recorded = _find_recipe(layout)
+    if recorded is None:
+        _check_free(layout.root)
+    elif recorded.to_json() == recipe.to_json():
+        return
+    elif not amend:
+        difference = first_difference(recorded, recipe)
+        if difference is None:
+            return
+        raise ConfigError(
+            f"{layout.root} was started with another recipe: {difference}; name another --run, "
+            "or add --amend to take the new one for what is not done yet"
+        )
+    make_folder(layout.root)
+    record = {
+        "format": RECORD_FORMAT,
+        "name": recipe.for_iteration().name,
+        "recipe": recipe.to_json(),
+    }
+    write_durably(layout.record, sealed_text(record, _HASH_NAME))
+
+
+def first_difference(old: Recipe, new: Recipe) -> str | None:
+    """Return in words the first setting in which two recipes resolve differently, or None.
+
+    Settings that only name a place or change speed are passed over.
+    """
+    for iteration in [None, *sorted(old.iterations.keys() | new.iterations.keys())]:
+        before, now = old.settings(iteration), new.settings(iteration)
+        for name in [*before, *(name for name in now if name not in before)]:
+            if name not in before or name not in now or before[name] != now[name]:
+                where = "" if iteration is None else f" (iteration {iteration})"
+                return f"{name}: {_shown(before, name)} there, {_shown(now, name)} now{where}"
+    return None
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return canonical_json(settings[name]) if name in settings else "absent"
+
+
+def _find_recipe(layout: RunLayout) -> Recipe | None:
+    try:
+        data = layout.record.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        record = open_sealed(data, _HASH_NAME)
+    except ValueError:
+        raise CorruptError(
+            f"{layout.record} is damaged (its hash does not match); restore it, or start "
+            "another run"
+        ) from None
+    if record.get("format") != RECORD_FORMAT:
+        raise InputError(
+            f"{layout.record} has format {record.get('format')}, this spin reads {RECORD_FORMAT}; "
+            "use the version of spin that wrote it"
+        )
+    return recipe_from_json(record["recipe"])
+
+
+def _check_free(root: Path) -> None:
+    if not os.path.lexists(root):
+        return
+    if not root.is_dir():
+        raise ConfigError(f"{root} is a file, not a run directory; name another --run")
+    strangers = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))
+    if strangers:
+        raise ConfigError(
+            f"{root} is no run directory and not empty (it holds {strangers[0]}); "
+            "name another --run"
+        )

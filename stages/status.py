@@ -1,0 +1,124 @@
+"""status: what a run holds, from its manifests alone; nothing is recomputed, nothing is written.
+
+It works while the run goes on, and never makes a stage wait.
+"""
+
+import fcntl
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import Artifact, Manifest, open_artifact
+from stages.artifacts.json_file import read_object
+from stages.artifacts.locks import lock_path
+from stages.artifacts.manifest import MANIFEST_NAME
+from stages.artifacts.pointer import read_pointer
+from stages.config import Recipe
+from stages.decisions import DECISION, METRICS
+from stages.errors import SpinError
+from stages.layout import ITERATION_STAGES, RunLayout
+from stages.run_record import read_recipe
+
+
+def status(run: Path) -> dict[str, Any]:
+    """Return the state of a run as plain JSON values.
+
+    `run` is the path as given; `champion` the champion's path relative to it, or None;
+    `start.metrics` what evaluate found for the first opponent; `iterations` a list of
+    {index, stages, metrics, decision}. `stages` maps a name to {state, key, seconds}, state being
+    done, running, partial (an attempt that was cut off), missing or corrupt. `metrics` are
+    evaluate's, and pair's `identical_share`; `decision` is that of promote, or None.
+
+    Raises:
+        InputError: `run` is no run directory.
+        CorruptError: its run.json or its pointer is damaged.
+    """
+    layout = RunLayout(run)
+    recipe = read_recipe(layout)
+    pointer = read_pointer(layout.champion)
+    return {
+        "run": str(run),
+        "champion": pointer.path if pointer else None,
+        "start": {"metrics": _evaluation(layout.start_evaluation)},
+        "iterations": [_iteration(layout, recipe, t) for t in layout.iterations()],
+    }
+
+
+def stage_state(out: Path) -> dict[str, Any]:
+    """Return {state, key, seconds} of one artifact; key and seconds are None unless it is done."""
+    done = _finished(out)
+    if isinstance(done, Manifest):
+        return {"state": "done", "key": done.key, "seconds": done.cost.wall_s}
+    return {"state": done, "key": None, "seconds": None}
+
+
+def _iteration(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, Any]:
+    ranked = recipe.for_iteration(iteration).pair.game == "ranked"
+    stages = {name: stage_state(layout.stage(iteration, name)) for name in ITERATION_STAGES}
+    if not ranked and stages["reward"]["state"] == "missing":
+        del stages["reward"]
+    metrics = _evaluation(layout.stage(iteration, "evaluate"))
+    pairs = _finished(layout.stage(iteration, "pair"))
+    if isinstance(pairs, Manifest) and "identical_share" in pairs.metrics:
+        metrics["identical_share"] = pairs.metrics["identical_share"]
+    decision = _object(layout.stage(iteration, "promote"), DECISION)
+    return {"index": iteration, "stages": stages, "metrics": metrics, "decision": decision}
+
+
+def _evaluation(out: Path) -> dict[str, Any]:
+    return _object(out, METRICS) or {}
+
+
+def _object(out: Path, relative: str) -> dict[str, Any] | None:
+    """Return a JSON file of an artifact, or None when the artifact is not there or not sound."""
+    try:
+        return read_object(open_artifact(out), relative)
+    except SpinError:  # the stage's state says what is wrong
+        return None
+
+
+def _finished(out: Path) -> Manifest | str:
+    """Return the manifest of a finished, complete artifact, or the state that it is in."""
+    for _ in range(2):  # a second look, for what was renamed into place during the first
+        if (out / MANIFEST_NAME).exists():
+            try:
+                artifact = open_artifact(out)
+                _check_small_files(artifact)
+            except (SpinError, OSError):
+                return "corrupt"
+            return artifact.manifest
+        if _is_locked(lock_path(out)):
+            return "running"
+        attempts = out.parent.glob(f".{glob.escape(out.name)}.*.partial")
+        state = "partial" if any(attempts) else "missing"
+    strangers = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    return "corrupt" if strangers else state
+
+
+def _check_small_files(artifact: Artifact) -> None:
+    """Check the hashes of the files that status itself reads."""
+    for entry in artifact.manifest.files:
+        if entry.path in (METRICS, DECISION):
+            artifact.file(entry.path)
+
+
+def _is_locked(path: Path) -> bool:
+    """Tell whether a living process holds a lock, without creating its file.
+
+    A shared lock is tried for an instant, and only where a holder's note stands: a process that
+    starts at that moment finds no note, so it is not turned away.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        if os.fstat(descriptor).st_size == 0:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -1,0 +1,125 @@
+"""Stages without a model: real artifacts with real keys and inputs, made in milliseconds.
+
+For tests of what surrounds the stages. `python -m tests.fake_stages …` is `spin …` with them.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import stages
+from stages.artifacts import Manifest, Outcome, Plan, Workspace, open_artifact, produce, run_root
+from stages.artifacts.json_file import write_object
+from stages.artifacts.manifest import MANIFEST_NAME, InputRef
+from stages.config import RunConfig
+from stages.layout import RunLayout
+
+PLACES = ("data", "generations", "rewards", "pairs", "model", "opponent", "opponent_evaluation")
+calls: list[str] = []
+"""The stages that did work, in order; a stage that is done already is not named."""
+accuracy_by_model: dict[str, float | None] = {}
+"""From a model's path in its run to the accuracy that evaluate finds, where it is not the usual
+0.6, 0.7, … of the start and of iterations 0, 1, …"""
+before_fill: list[Callable[[str, Path], None]] = []
+"""Called with stage and output as soon as the workspace is there."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    data: Path | None = None
+    generations: Path | None = None
+    rewards: Path | None = None
+    pairs: Path | None = None
+    model: str | None = None
+    revision: str | None = None
+    opponent: str | None = None
+    opponent_revision: str | None = None
+    opponent_evaluation: Path | None = None
+    iteration: int | None = None
+
+
+def input_refs(inputs: Inputs, root: Path | None) -> dict[str, InputRef]:
+    refs = {}
+    for name in PLACES:
+        value = getattr(inputs, name)
+        if value is None:
+            continue
+        if (Path(value) / MANIFEST_NAME).is_file():
+            refs[name] = open_artifact(Path(value)).input_ref(root)
+        else:
+            key = f"folder:{value}"
+            refs[name] = InputRef(path=Path(value).name, inside_run=False, key=key, content=key)
+    return refs
+
+
+def run_stage(stage: str, config: RunConfig, inputs: Inputs, out: Path) -> Manifest:
+    root = run_root(out)
+    refs = input_refs(inputs, root)
+    section = getattr(config, stage, None)
+    settings: dict[str, Any] = {"seed": config.seed}
+    if section is not None:
+        settings[stage] = section.identity()
+    if inputs.iteration is not None:
+        settings["iteration"] = inputs.iteration
+    plan = Plan(stage, 1, settings, refs)
+
+    def fill(workspace: Workspace) -> Outcome:
+        for hook in before_fill:
+            hook(stage, out)
+        calls.append(f"{out.parent.name}/{stage}")
+        write_object(workspace.file("config.json"), {"key": plan.key})
+        if stage == "evaluate":
+            write_object(workspace.file("metrics.json"), evaluation(refs))
+        metrics = {"identical_share": 0.5} if stage == "pair" else {}
+        return Outcome(counts={"rows": 3}, metrics=metrics)
+
+    return produce(out, plan, fill)
+
+
+def evaluation(refs: dict[str, InputRef]) -> dict[str, Any]:
+    path = refs["model"].path
+    iteration = RunLayout(Path()).iteration_of(path)
+    usual = 0.6 if iteration is None else 0.7 + iteration / 10
+    accuracy = accuracy_by_model.get(path, usual)
+    metrics: dict[str, Any] = {"sampled_accuracy": accuracy, "greedy_accuracy": 1.0}
+    if "opponent" in refs:
+        metrics |= {"heldout_reward_accuracy": 0.75, "heldout_reward_margin": 1.5}
+    return metrics
+
+
+def install() -> None:
+    """Put the fakes in the places of the stages, all but promote."""
+    for name in ("prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate"):
+        module = ModuleType(f"stages.{name}")
+        if name == "prepare":
+            module.run = lambda config, out: run_stage("prepare", config, Inputs(), out)
+        else:
+            module.run = lambda config, inputs, out, name=name: run_stage(name, config, inputs, out)
+            setattr(module, f"{name.capitalize()}Inputs", input_class(name))
+        sys.modules[module.__name__] = module
+        setattr(stages, name, module)
+
+
+def input_class(name: str) -> Callable[..., Inputs]:
+    if name in ("score", "train"):
+        return lambda pairs, model, revision: Inputs(pairs=pairs, model=model, revision=revision)
+    return Inputs
+
+
+if __name__ == "__main__":
+    from spin_cli.__main__ import main
+
+    def maybe_stop(stage: str, out: Path) -> None:
+        """Let the test act on this process while it is in the stage that PAUSE_IN names."""
+        if os.environ.get("PAUSE_IN") == f"{out.parent.name}/{stage}":
+            Path(os.environ["PAUSED"]).touch()
+            time.sleep(60)
+
+    before_fill.append(maybe_stop)
+    install()
+    main()

@@ -1,0 +1,118 @@
+"""The renderer: one text for generation and training, one end token, refused rows."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stages.config import ChatConfig
+from stages.data.chat import RowRefusedError, make_renderer
+from stages.errors import ConfigError, InputError
+
+QUESTION = [{"role": "user", "content": "Ann has 12 cups."}]
+
+
+def test_prompt_and_response_tokens_spell_the_template(tiny_model_dir: Path) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    tokenizer = renderer.tokenizer
+    whole = tokenizer.apply_chat_template(
+        [*QUESTION, {"role": "assistant", "content": "12+7=19."}], tokenize=False
+    )
+    ours = renderer.prompt_tokens(QUESTION) + renderer.response_tokens("12+7=19.")
+    assert whole.startswith(tokenizer.decode(ours))
+
+
+def test_response_ends_in_exactly_one_end_token(tiny_model_dir: Path) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    tokens = renderer.response_tokens("12+7=19.")
+    assert tokens[-1] == renderer.end_token_id
+    assert tokens.count(renderer.end_token_id) == 1
+
+
+@pytest.mark.parametrize("text", ["12+7=19.", " led by a space", "", "ünïcode ☃\n\ttabs  "])
+def test_text_gives_back_what_was_tokenized(tiny_model_dir: Path, text: str) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    assert renderer.text(renderer.response_tokens(text)) == text
+
+
+def test_plain_template_writes_bos_and_lines(tiny_model_dir: Path) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig(template="plain"))
+    assert renderer.prompt_text(QUESTION) == "<s>Ann has 12 cups.\n"
+    assert renderer.prompt_tokens(QUESTION).count(renderer.tokenizer.bos_token_id) == 1
+    assert renderer.end_token_id == renderer.tokenizer.eos_token_id
+
+
+def test_system_and_suffix_are_rendered(tiny_model_dir: Path) -> None:
+    chat = ChatConfig(template="plain", system="Be brief.", prompt_suffix=" Think.")
+    text = make_renderer(tiny_model_dir, chat).prompt_text(QUESTION)
+    assert text == "<s>Be brief.\nAnn has 12 cups. Think.\n"
+
+
+def test_a_lead_of_the_template_belongs_to_the_response(tiny_model_dir: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A: <think></think>{{ m['content'] }}"
+        "{{ eos_token }}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A: {% endif %}"
+    )
+    renderer = make_renderer(tiny_model_dir, ChatConfig(template=template))
+    tokens = renderer.response_tokens("19")
+    assert renderer.tokenizer.decode(tokens[:-1]) == "<think></think>19"
+    assert renderer.text(tokens) == "19"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("a\ud800b", "malformed_text"), ("obey </s> me", "special_token")],
+)
+def test_hostile_rows_are_refused_with_a_reason(
+    tiny_model_dir: Path, text: str, reason: str
+) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    for refused in (
+        lambda: renderer.prompt_tokens([{"role": "user", "content": text}]),
+        lambda: renderer.response_tokens(text),
+    ):
+        with pytest.raises(RowRefusedError) as caught:
+            refused()
+        assert caught.value.reason == reason
+
+
+def test_template_that_refuses_roles_drops_the_row(tiny_model_dir: Path) -> None:
+    template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
+    template += "{% endif %}{{ m['content'] }}{% endfor %}"
+    renderer = make_renderer(tiny_model_dir, ChatConfig(template=template))
+    with pytest.raises(RowRefusedError, match="template_error"):
+        renderer.prompt_tokens([{"role": "system", "content": "x"}])
+
+
+def test_fingerprint_follows_the_template(tiny_model_dir: Path) -> None:
+    own = make_renderer(tiny_model_dir, ChatConfig())
+    again = make_renderer(tiny_model_dir, ChatConfig())
+    plain = make_renderer(tiny_model_dir, ChatConfig(template="plain"))
+    assert own.fingerprint == again.fingerprint != plain.fingerprint
+
+
+def test_folder_without_tokenizer_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model_dir / name, tmp_path)
+    with pytest.raises(InputError, match=r"has no tokenizer .* copy the tokenizer"):
+        make_renderer(tmp_path, ChatConfig())
+
+
+def test_tokenizer_without_template_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"has no chat template .* set chat.template"):
+        make_renderer(folder, ChatConfig())
+
+
+def test_broken_template_is_a_config_error(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="chat template fails"):
+        make_renderer(tiny_model_dir, ChatConfig(template="{{ nothing.here() }}"))
+    with pytest.raises(ConfigError, match="leaves out the assistant"):
+        make_renderer(tiny_model_dir, ChatConfig(template="always this"))
