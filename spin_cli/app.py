@@ -361,7 +361,8 @@ def _roll_back(run: Path) -> None:
 )  # fmt: skip
 def run_(
     recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")
+        str,
+        typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe."),
     ],
     run: Annotated[Path, typer.Option("--run", "-r", help="The run directory; made when new.")],
     iterations: Annotated[

@@ -99,9 +99,9 @@ class PrepareConfig(_Section):
     """A source of held-out rows of its own; None takes them from `source`."""
     heldout_split: str | None = None
     heldout_size: int = Field(500, ge=0)
-    """Number of held-out prompts: drawn by seed from the source, or from `heldout_source`."""
+    """Number of held-out prompts, drawn by hash from the source, or from `heldout_source`."""
     max_prompts: Count | None = None
-    """Keep at most this many training prompts, drawn by seed; None keeps all."""
+    """Keep at most this many training prompts, drawn by hash; None keeps all."""
     word_sums: WordSumsConfig = WordSumsConfig()
 
 
@@ -172,7 +172,7 @@ class SftConfig(OptimConfig):
     """`random` makes model and tokenizer anew from `architecture` and the data."""
     architecture: ArchitectureConfig = ArchitectureConfig()
     max_examples: Count | None = None
-    """Use only this many training rows, drawn by seed."""
+    """Use only this many training rows, drawn by hash."""
     learning_rate: Positive = 2e-5
 
 
@@ -198,8 +198,8 @@ class EngineConfig(_Section):
     """Longest prompt and response together; None: the longest prompt plus max_new_tokens."""
     tensor_parallel_size: Count = 1
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    enforce_eager: bool = False
-    """vLLM without compilation: starts sooner, runs slower."""
+    enforce_eager: bool | None = None
+    """vLLM without compilation: starts sooner, runs slower on a GPU; None compiles on a GPU only."""
     extra: dict[str, bool | int | float | str | None] = {}
     """Further vLLM engine arguments, passed through."""
 
@@ -260,7 +260,7 @@ class EvaluateConfig(SamplingConfig, ForwardConfig):
     """The player on held-out prompts."""
 
     max_prompts: Count | None = None
-    """Use only this many held-out prompts, drawn by seed; None uses all."""
+    """Use only this many held-out prompts, drawn by hash; None uses all."""
     greedy: bool = True
     """Also answer each prompt greedily where a reward is set."""
     engine: EngineConfig | None = None
@@ -368,7 +368,7 @@ class Recipe:
         block = self.iterations.get(iteration, {}) if iteration is not None else {}
         labels = dict.fromkeys(_flatten(self.base), self.source)
         labels |= dict.fromkeys(_flatten(block), f"{self.source}, iteration {iteration}")
-        labels |= dict.fromkeys(self.overrides, "override")
+        labels |= dict.fromkeys(_flatten(self.overrides), "override")
         return [(name, value, labels.get(name, "default"))
                 for name, value in _flatten(config).items()]  # fmt: skip
 

@@ -201,7 +201,6 @@ def _fill(workspace: Workspace, section: PrepareConfig, inputs: PrepareInputs) -
         sorted_rows = rows.finish()
         limits = _draw(sorted_rows, section, inputs, Path(spill, "draws"))
         counts = _write(workspace, sorted_rows, limits)
-    log.info("prepare: %s", ", ".join(f"{name} {n}" for name, n in counts.items() if n))
     return Outcome(counts=counts, info=_provenance(inputs))
 
 

@@ -44,6 +44,7 @@ def write_table(path: Path, start: int = 0, num_rows: int = 40) -> None:
 def fill_shards(
     num_shards: int = NUM_SHARDS,
     rows: int = 40,
+    begun: Callable[[int], None] = lambda _: None,
     written: Callable[[int], None] = lambda _: None,
 ) -> Callable[[Workspace], Outcome]:
     """Return a fill that writes what is not there of `num_shards`, a text and a volatile file."""
@@ -53,6 +54,7 @@ def fill_shards(
             name, ids_hash = f"part-{shard:05d}.parquet", f"rows {rows} of shard {shard}"
             if not workspace.shards.done(name, ids_hash):
                 start = shard * rows
+                begun(shard)
                 workspace.shards.write(name, ids_hash, lambda p, s=start: write_table(p, s, rows))
                 written(shard)
         workspace.file("notes/about.txt").write_text("plain\n")

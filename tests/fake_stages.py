@@ -3,10 +3,12 @@
 For tests of what surrounds the stages. `python -m tests.fake_stages …` is `spin …` with them.
 """
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -84,7 +86,7 @@ def run_stage(stage: str, config: RunConfig, inputs: Inputs, out: Path) -> Manif
 def evaluation(refs: dict[str, InputRef]) -> dict[str, Any]:
     path = refs["model"].path
     iteration = RunLayout(Path()).iteration_of(path)
-    usual = 0.6 if iteration is None else 0.7 + iteration / 10
+    usual = 0.6 if iteration is None else round(0.7 + iteration / 10, 3)
     accuracy = accuracy_by_model.get(path, usual)
     metrics: dict[str, Any] = {"sampled_accuracy": accuracy, "greedy_accuracy": 1.0}
     if "opponent" in refs:
@@ -92,17 +94,38 @@ def evaluation(refs: dict[str, InputRef]) -> dict[str, Any]:
     return metrics
 
 
-def install() -> None:
-    """Put the fakes in the places of the stages, all but promote."""
-    for name in ("prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate"):
-        module = ModuleType(f"stages.{name}")
-        if name == "prepare":
-            module.run = lambda config, out: run_stage("prepare", config, Inputs(), out)
-        else:
-            module.run = lambda config, inputs, out, name=name: run_stage(name, config, inputs, out)
-            setattr(module, f"{name.capitalize()}Inputs", input_class(name))
-        sys.modules[module.__name__] = module
-        setattr(stages, name, module)
+@contextmanager
+def installed() -> Iterator[None]:
+    """Put the fakes in the places of the stages, all but promote, while the block runs."""
+    names = ("prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate")
+    attributes = {name: vars(stages).get(name) for name in names}
+    modules = {name: sys.modules.get(f"stages.{name}") for name in names}
+    for name in names:
+        vars(stages)[name] = sys.modules[f"stages.{name}"] = fake(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            restore(vars(stages), name, attributes[name])
+            restore(sys.modules, f"stages.{name}", modules[name])
+        calls.clear()
+
+
+def restore(table: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        del table[name]
+    else:
+        table[name] = value
+
+
+def fake(name: str) -> Any:
+    module: Any = ModuleType(f"stages.{name}")
+    if name == "prepare":
+        module.run = lambda config, out: run_stage("prepare", config, Inputs(), out)
+    else:
+        module.run = lambda config, inputs, out: run_stage(name, config, inputs, out)
+        setattr(module, f"{name.capitalize()}Inputs", input_class(name))
+    return module
 
 
 def input_class(name: str) -> Callable[..., Inputs]:
@@ -121,5 +144,6 @@ if __name__ == "__main__":
             time.sleep(60)
 
     before_fill.append(maybe_stop)
-    install()
-    main()
+    accuracy_by_model.update(json.loads(os.environ.get("ACCURACY", "{}")))
+    with installed():
+        main()

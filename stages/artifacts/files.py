@@ -118,21 +118,29 @@ def write_durably(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old bytes or the new, never a mixture.
 
     The caller is the only writer: it holds a lock, or the place is its own.
+
+    Raises:
+        NoSpaceError, ConfigError, SpinError: what the disk refused; see `writing`.
     """
-    temporary = temporary_path(path)
     with writing(path):
-        temporary.unlink(missing_ok=True)  # of a writer that was killed
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
-                temporary.unlink()
-            raise
-        fsync_path(path.parent)
+        replace_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Do the work of `write_durably`; errors are for a caller who can name the place better."""
+    temporary = temporary_path(path)
+    temporary.unlink(missing_ok=True)  # of a writer that was killed
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
+        raise
+    fsync_path(path.parent)
 
 
 def temporary_path(path: Path) -> Path:

@@ -68,8 +68,7 @@ def read_pointer(path: Path) -> Pointer | None:
             f"{path} cannot be read ({error.strerror}); mend its permissions, or move it away"
         ) from None
     pointer = _parse(path, data)
-    for entry in pointer.history:
-        inner_path(path.parent, entry.path, named_by=path.name)
+    inner_path(path.parent, pointer.path, named_by=path.name)
     return pointer
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stages.artifacts import locks
-from stages.artifacts.files import files_below, fsync_path, make_folder, write_durably, writing
+from stages.artifacts.files import files_below, fsync_path, make_folder, replace_text, writing
 from stages.artifacts.keys import canonical_json, sha256_file, sha256_text, stage_key
 from stages.artifacts.manifest import (
     MANIFEST_FORMAT,
@@ -347,7 +347,7 @@ def _fill(
     )
     for folder in [p for p in partial.rglob("*") if p.is_dir()]:
         fsync_path(folder)
-    write_durably(partial / MANIFEST_NAME, manifest.to_text())
+    replace_text(partial / MANIFEST_NAME, manifest.to_text())
 
 
 def _file_entry(partial: Path, relative: str, volatile: bool) -> FileEntry:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.artifacts.files import fsync_path, make_folder, temporary_path, write_durably
+from stages.artifacts.files import fsync_path, make_folder, replace_text, temporary_path
 from stages.artifacts.keys import canonical_json, sha256_file
 
 SHARD_NOTES = ".shards"
@@ -52,7 +52,7 @@ class ShardStore:
         fsync_path(path.parent)
         note = self._note_path(relative)
         make_folder(note.parent)
-        write_durably(
+        replace_text(
             note, canonical_json({"key": self.key, "ids_hash": ids_hash, "sha256": digest})
         )
 

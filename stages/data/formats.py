@@ -135,7 +135,7 @@ class Messages:
     @property
     def columns(self) -> tuple[Column, ...]:
         """The conversation."""
-        remedy = "set prepare.messages_column to one of them"
+        remedy = "set prepare.messages_column to one of them, or another prepare.format"
         return (Column(self.messages_column, "messages", remedy),)
 
     def __call__(self, row: Mapping[str, Any]) -> Example:

@@ -35,6 +35,9 @@ PROMPTS = _schema(
 )
 """A prompt as messages, and the human response to it."""
 
+RENDERED = _schema(prompt_id=pa.string(), prompt_token_ids=_TOKENS)
+"""A prompt as tokens; only ever in scratch files."""
+
 GENERATIONS = _schema(
     prompt_id=pa.string(),
     sample_index=pa.int32(),

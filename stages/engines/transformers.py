@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.engines.base import Completion, Request, Sampling
@@ -29,11 +29,12 @@ from stages.model.load import best_device, load_model
 ATTENTION = "spin_slots"
 WINDOW_BATCHES = 8  # so many batches of requests are sorted by length together
 PREFILL_TOKENS = 4096  # a forward pass; bounds the activations of long prompts
-REFILL_SHARE = 8  # a prefill waits until one in so many slots is free
+REFILL_SHARE = 16
 GROWTH = 64  # positions by which the cache grows
 # MKL multiplies fewer rows than this by other kernels, whose last bits differ. Padded up to it, a
 # row has the same log-probabilities in any company: seen on x86 in fp32, not promised.
 SMALLEST_MATRIX = 16
+SCORE_EXTRAS = ("position_bias", "s_aux", "softcap")  # what some families add to their scores
 
 
 class TransformersEngine:
@@ -86,7 +87,10 @@ class TransformersEngine:
         try:
             while True:
                 if slots.num_live == 0 or slots.num_free >= refill:
-                    slots.admit(list(islice(queue, slots.num_free)))
+                    if incoming := list(islice(queue, slots.num_free)):
+                        slots.admit(incoming)
+                    else:
+                        slots.compact()
                 if slots.num_live == 0:
                     return
                 yield from map(self._check_finite, slots.step())
@@ -144,7 +148,7 @@ class _Slots:
         self._batch_size, self._pad_token_id = batch_size, pad_token_id
         device = self._device = model.device
         slots, answer = max(batch_size, SMALLEST_MATRIX), sampling.max_new_tokens
-        self._cache = _SlotCache(model.config.get_text_config().num_hidden_layers, slots)
+        self._cache = _SlotCache(slots)
         self._requests: list[Request | None] = [None] * slots
         # Prompt and answer so far, 0 for a free slot; on the host, where no step waits for it.
         self._length = np.zeros(slots, np.int64)
@@ -169,13 +173,7 @@ class _Slots:
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> None:
-        """Put requests into free slots and run their prompts, each but its last token.
-
-        Given none, move the live rows together, so that fewer slots are computed.
-        """
-        if not requests:
-            self._compact()
-            return
+        """Put requests into free slots and run their prompts, each but its last token."""
         slots: list[int] = np.flatnonzero(self._length == 0)[: len(requests)].tolist()
         self._start(slots, requests)
         self._prefill(slots, requests)
@@ -199,6 +197,27 @@ class _Slots:
         self._live[:used] = going
         self._length[self._length > 0] += 1
         return completions
+
+    @torch.inference_mode()
+    def compact(self) -> None:
+        """Move the last rows into the first free slots, once a quarter of the slots is free."""
+        held = np.flatnonzero(self._length)
+        if not held.size or held[-1] < SMALLEST_MATRIX or 4 * held.size > 3 * (held[-1] + 1):
+            return
+        sources: list[int] = held[held >= held.size].tolist()
+        holes: list[int] = np.flatnonzero(self._length[: held.size] == 0).tolist()
+        at = torch.tensor(sources, device=self._device)
+        to = torch.tensor(holes, device=self._device)
+        self._cache.move(at, to, int(self._length.max()))
+        for state in (self._live, self._token, self._position, self._count, self._uniforms,
+                      self._tokens, self._logprobs):  # fmt: skip
+            state[to] = state[at]
+        self._live[at] = False
+        self._position[at] = self._count[at] = 0
+        self._length[holes] = self._length[sources]
+        self._length[sources] = 0
+        for source, hole in zip(sources, holes, strict=True):
+            self._requests[hole], self._requests[source] = self._requests[source], None
 
     def _start(self, slots: list[int], requests: Sequence[Request]) -> None:
         answer, device = self._sampling.max_new_tokens, self._device
@@ -290,25 +309,6 @@ class _Slots:
         logits_SV: Tensor = output.logits[:, -1].float()
         return logits_SV
 
-    def _compact(self) -> None:
-        """Move the last rows into the first free slots, once a quarter of the slots is free."""
-        held = np.flatnonzero(self._length)
-        if held.size == 0 or held.size > 3 * (held[-1] + 1) // 4:
-            return
-        sources = held[held >= held.size].tolist()
-        holes = np.flatnonzero(self._length[: held.size] == 0).tolist()
-        at, to = torch.tensor(sources, device=self._device), torch.tensor(holes, device=self._device)
-        self._cache.move(at, to, int(self._length.max()))
-        for state in (self._live, self._token, self._position, self._count, self._uniforms,
-                      self._tokens, self._logprobs):  # fmt: skip
-            state[to] = state[at]
-        self._live[at] = False
-        self._position[at] = self._count[at] = 0
-        self._length[holes] = self._length[sources]
-        self._length[sources] = 0
-        for source, hole in zip(sources, holes, strict=True):
-            self._requests[hole], self._requests[source] = self._requests[source], None
-
 
 def draw(logits_SV: Tensor, uniforms_S: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Draw a token a row by inverting the cumulative distribution at a uniform number.
@@ -369,7 +369,7 @@ def slot_attention(
     Its slow twin is `sdpa_attention_forward`, which repeats the whole cache at every step for
     models with fewer key heads than query heads, and is slower on a CPU with them all.
     """
-    if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in _EXTRAS):
+    if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in SCORE_EXTRAS):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
@@ -381,9 +381,6 @@ def slot_attention(
         scores += attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).reshape(slots, 1, heads, -1), None
-
-
-_EXTRAS = ("position_bias", "s_aux", "softcap")  # what some families add to their scores
 
 
 @dataclass(frozen=True)
@@ -434,89 +431,57 @@ def _find_reach(model: Any, model_dir: Path, max_model_len: int) -> _Reach:
 
 
 class _SlotCache(Cache):
-    """Keys and values of all layers; what a forward pass does with them is said beforehand."""
-
-    def __init__(self, num_layers: int, num_slots: int) -> None:
-        self._layers = [_SlotLayer(num_slots) for _ in range(num_layers)]
-        super().__init__(layers=list(self._layers))
-
-    def begin_prefill(self, width: int, slots: Tensor, source: Tensor) -> None:
-        """The next pass runs prompts from position 0: row `source[i]` is for slot `slots[i]`."""
-        for layer in self._layers:
-            layer.plan(width, (slots, source), None)
-
-    def begin_decode(self, width: int, position_S: Tensor) -> None:
-        """The next pass runs one token a slot, at these positions, all below `width`."""
-        at = (torch.arange(len(position_S), device=position_S.device), position_S)
-        for layer in self._layers:
-            layer.plan(width, None, at)
-
-    def move(self, sources: Tensor, targets: Tensor, width: int) -> None:
-        """Copy the first `width` positions of some slots to other slots."""
-        for layer in self._layers:
-            for state in (layer.keys, layer.values):
-                if state is not None:
-                    state[targets, :, :width] = state[sources, :, :width]
-
-
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slot, head, position, size]."""
+    """Keys and values, [slot, head, position, size] a layer; every pass is announced to it."""
 
     def __init__(self, num_slots: int) -> None:
-        super().__init__()
+        super().__init__(layers=[])  # none of the library's: `update` is all that models call
         self._num_slots = num_slots
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
         self._width = 0
         self._prefill: tuple[Tensor, Tensor] | None = None
         self._decode: tuple[Tensor, Tensor] | None = None
 
-    def plan(
-        self,
-        width: int,
-        prefill: tuple[Tensor, Tensor] | None,
-        decode: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Say what the next `update` is for."""
-        self._width, self._prefill, self._decode = width, prefill, decode
+    def begin_prefill(self, width: int, slots: Tensor, source: Tensor) -> None:
+        """Announce prompts from position 0 to `width`: row `source[i]` goes to slot `slots[i]`."""
+        self._width, self._prefill, self._decode = width, (slots, source), None
+
+    def begin_decode(self, width: int, position_S: Tensor) -> None:
+        """Announce one token a slot, at these positions, where live rows are below `width`."""
+        slots = torch.arange(len(position_S), device=position_S.device)
+        self._width, self._prefill, self._decode = width, None, (slots, position_S)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return those to attend to."""
-        self.keys = self._reserve(self.keys, key_states)
-        self.values = self._reserve(self.values, value_states)
+        """Store the new keys and values of a layer; return those to attend to."""
+        keys = self._reserve(self._keys, layer_idx, key_states)
+        values = self._reserve(self._values, layer_idx, value_states)
         if self._prefill is not None:
             slots, source = self._prefill
-            self.keys[slots, :, : self._width] = key_states[source]
-            self.values[slots, :, : self._width] = value_states[source]
+            keys[slots, :, : self._width] = key_states[source]
+            values[slots, :, : self._width] = value_states[source]
             return key_states, value_states
-        assert self._decode is not None, "planned"
+        assert self._decode is not None, "the pass was announced"
         slots, position_S = self._decode
-        self.keys[slots, :, position_S] = key_states[:, :, 0]
-        self.values[slots, :, position_S] = value_states[:, :, 0]
-        used = len(slots)
-        return self.keys[:used, :, : self._width], self.values[:used, :, : self._width]
+        keys[slots, :, position_S] = key_states[:, :, 0]
+        values[slots, :, position_S] = value_states[:, :, 0]
+        return keys[: len(slots), :, : self._width], values[: len(slots), :, : self._width]
 
-    def _reserve(self, held: Tensor | None, new: Tensor) -> Tensor:
-        if held is not None and held.shape[2] >= self._width:
-            return held
+    def move(self, sources: Tensor, targets: Tensor, width: int) -> None:
+        """Copy the first `width` positions of some slots to other slots."""
+        for state in (*self._keys.values(), *self._values.values()):
+            state[targets, :, :width] = state[sources, :, :width]
+
+    def _reserve(self, held: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        """Return the layer's tensor, made or grown to hold `width` positions."""
+        old = held.get(layer)
+        if old is not None and old.shape[2] >= self._width:
+            return old
         length = -(-self._width // GROWTH) * GROWTH
-        # Zeros: what is masked must be finite, or 0 times it would not be 0.
+        # Zeros: what a mask hides must be finite, since 0 times infinity is not 0.
         grown = new.new_zeros(self._num_slots, new.shape[1], length, new.shape[3])
-        if held is not None:
-            grown[:, :, : held.shape[2]] = held
+        if old is not None:
+            grown[:, :, : old.shape[2]] = old
+        held[layer] = grown
         return grown
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: `update` makes room."""
-
-    def get_seq_length(self) -> int:
-        """Return 0: positions are always given by the caller."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Refuse: masks are always given by the caller."""
-        raise AssertionError("the slot cache is only used with a mask")
-
-    def get_max_length(self) -> int:
-        """Return -1: no maximum."""
-        return -1

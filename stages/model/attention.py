@@ -35,7 +35,19 @@ kernel skips masked keys only in blocks of 512, so it computes a narrower triang
 square; with 256 forward and backward took 15% less than uncut (1 thread, chat and math traces)."""
 
 SUPPORTED_FAMILIES = frozenset(
-    "llama mistral qwen2 qwen3 gemma gpt2 gpt_neox olmo olmo2 phi3 smollm3".split()
+    {
+        "gemma",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "olmo",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
 )
 """Values of `config.model_type` for which tests/parity/test_shared_prompts.py shows equality."""
 
@@ -49,8 +61,11 @@ class PairTokens(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Queries [start, start + length) see [prefix_start, prefix_start + prefix_length) and,
-    causally, themselves. A segment without a prefix is a document of its own."""
+    """Consecutive queries that see a prefix and, causally, themselves.
+
+    Queries are [start, start + length), the prefix [prefix_start, prefix_start + prefix_length).
+    A segment without a prefix is a document of its own.
+    """
 
     start: int
     length: int
@@ -137,14 +152,17 @@ class PairLayout:
 
     @property
     def num_pairs(self) -> int:
+        """Pairs in the row."""
         return self.chosen_tokens_B.shape[0]
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the row, none of them padding."""
         return self.input_ids_T.shape[0]
 
     @property
     def is_shared(self) -> bool:
+        """Whether both responses of a pair use one prompt."""
         return self.segments.key_index_K is not None
 
     def to(self, device: torch.device | str) -> "PairLayout":
@@ -165,8 +183,9 @@ def build_layout(pairs: Sequence[PairTokens], share: bool) -> PairLayout:
     """Lays pairs out one after another in one row; tensors on the CPU.
 
     With `share`, pair i takes P + C + R tokens, else [prompt | chosen] and [prompt | rejected]
-    are documents of their own and it takes 2P + C + R. Raises ValueError, naming the pair, for an
-    empty prompt (nothing would predict the first token) or an empty response.
+    are documents of their own and it takes 2P + C + R. An empty rejected response takes nothing
+    and scores 0: so supervised rows go the same way. Raises ValueError, naming the pair, for an
+    empty prompt (nothing would predict the first token) or an empty chosen response.
 
     Example, one pair with P = 2, C = 2, R = 1, shared:
         input_ids   p0 p1 c0 c1 r0        positions  0 1 2 3 2
@@ -278,7 +297,7 @@ def supports_shared(config: PretrainedConfig, max_tokens: int | None = None) -> 
     if family == "gpt_oss":
         return "gpt_oss has attention sinks"
     if other_layers:
-        return f"{family} has layers that are not plain attention: {', '.join(sorted(other_layers))}"
+        return f"{family} has layers of another kind: {', '.join(sorted(other_layers))}"
     if window is not None and (max_tokens is None or max_tokens > window):
         return f"{family} has a sliding window of {window} and rows may hold {max_tokens} tokens"
     if rope_type in ("dynamic", "longrope"):
@@ -303,7 +322,7 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         model.set_attn_implementation(before)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def shared_attention(
     module: nn.Module,
     query_1HTE: Tensor,
@@ -336,7 +355,7 @@ def shared_attention(
             f"{window}; see supports_shared"
         )
     if dropout:
-        raise ValueError(f"attention dropout is {dropout}; set it to 0: pairs train without dropout")
+        raise ValueError(f"attention dropout is {dropout}; set it to 0, as for all pair training")
     assert attention_mask is None, f"{ATTENTION_NAME} takes segments, not a mask"
     assert query_1HTE.shape[0] == 1, f"one packed row at a time, not {query_1HTE.shape[0]}"
     # Rotary embeddings leave fp32 queries and keys beside bf16 values under autocast.
@@ -369,7 +388,7 @@ def dense_attention(
 def _segment_attention(
     query_1HTE: Tensor, key_1GTE: Tensor, value_1GTE: Tensor, segments: Segments, scale: float
 ) -> Tensor:
-    output_1THE: Tensor = _SegmentAttention.apply(
+    output_1THE: Tensor = _SegmentAttention.apply(  # type: ignore[no-untyped-call]
         query_1HTE, key_1GTE, value_1GTE, segments.pieces, scale
     )
     return output_1THE
@@ -401,8 +420,9 @@ class _SegmentAttention(torch.autograd.Function):
         lse_dtype = torch.promote_types(query_1HTE.dtype, torch.float32)
         lse_1HT = query_1HTE.new_empty((1, heads, tokens), dtype=lse_dtype)
         for q, k, causal, first in pieces:
+            key, value = key_1GTE[:, :, k], value_1GTE[:, :, k]
             piece_1HTE, piece_lse_1HT = flash(
-                query_1HTE[:, :, q], key_1GTE[:, :, k], value_1GTE[:, :, k], 0.0, causal, scale=scale
+                query_1HTE[:, :, q], key, value, 0.0, causal, scale=scale
             )
             if first:
                 output_1HTE[:, :, q] = piece_1HTE
@@ -470,12 +490,10 @@ def _varlen_attention(
         output = flash(
             query_THE, key_KGE, value_KGE, *offsets, *longest, softmax_scale=scale, causal=True
         )
-        # Some releases of FlashAttention 3 return (output, log-sum-exp).
-        output_THE: Tensor = output[0] if isinstance(output, tuple) else output
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        output_THE = varlen_attn(
+        output = varlen_attn(
             query_THE,
             key_KGE,
             value_KGE,
@@ -485,6 +503,8 @@ def _varlen_attention(
             window_size=(-1, 0),  # its way to say causal
             enable_gqa=query_THE.shape[1] != key_KGE.shape[1],
         )
+    # Some releases of FlashAttention 3 return (output, log-sum-exp).
+    output_THE: Tensor = output[0] if isinstance(output, tuple) else output
     return output_THE.unsqueeze(0)
 
 
@@ -492,7 +512,9 @@ def _varlen_attention(
 def _flash_attn_varlen() -> Callable[..., Any] | None:
     """FlashAttention 3, else 2, else None; both take the same leading arguments."""
     try:
-        from flash_attn_interface import flash_attn_varlen_func
+        from flash_attn_interface import (  # type: ignore[import-not-found]
+            flash_attn_varlen_func,
+        )
     except ImportError:
         try:
             from flash_attn import flash_attn_varlen_func

@@ -47,13 +47,14 @@ def pair_logprobs_shared(
             f"a layout with shared prompts needs attention {ATTENTION_NAME}, not "
             f"{model.config._attn_implementation}; call model.set_attn_implementation"
         )
-    hidden_TD = model.get_decoder()(
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    hidden_TD = decoder(
         input_ids=layout.input_ids_T.unsqueeze(0),
         position_ids=layout.position_ids_T.unsqueeze(0),
         use_cache=False,
         **kwargs,
     ).last_hidden_state.squeeze(0)
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     assert isinstance(head, nn.Linear), f"the head of {type(model).__name__} is {type(head)}"
     logprobs_N = chunked_logprobs(
         hidden_TD.index_select(0, layout.predictor_N),
@@ -63,10 +64,10 @@ def pair_logprobs_shared(
         chunk_size=chunk_size,
     )
     sums_S = logprobs_N.new_zeros(2 * layout.num_pairs, dtype=torch.float64)
-    sums_S = sums_S.index_add(0, layout.owner_N, logprobs_N.double()).to(logprobs_N.dtype)
+    sums_S = sums_S.index_add(0, layout.owner_N, logprobs_N.double())
     return PairLogprobs(
-        chosen_B=sums_S[0::2],
-        rejected_B=sums_S[1::2],
+        chosen_B=sums_S[0::2].to(logprobs_N.dtype),
+        rejected_B=sums_S[1::2].to(logprobs_N.dtype),
         chosen_tokens_B=layout.chosen_tokens_B,
         rejected_tokens_B=layout.rejected_tokens_B,
     )
@@ -101,8 +102,8 @@ def pair_logprobs_one_at_a_time(
                 continue
             ids_T = torch.tensor([*pair.prompt, *response], device=model.device)
             logits_1TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits
-            predicts_T = torch.arange(1, len(ids_T), device=model.device) >= len(pair.prompt)
-            sums_S.append(logprobs_from_logits(logits_1TV[:, :-1], ids_T[None, 1:], predicts_T[None]))
+            scored_T = torch.arange(1, len(ids_T), device=model.device) >= len(pair.prompt)
+            sums_S.append(logprobs_from_logits(logits_1TV[:, :-1], ids_T[None, 1:], scored_T[None]))
     return _interleaved(torch.cat(sums_S), pairs)
 
 

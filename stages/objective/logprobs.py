@@ -39,7 +39,7 @@ def chunked_logprobs(
     bias_V: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """log softmax(hidden @ weight^T + bias)[label] of each token, in chunks of rows.
+    """Log-probability of each label under softmax(hidden @ weight^T + bias), in chunks of rows.
 
     Logits exist for `chunk_size` rows at a time and are computed again in the backward pass, so
     the cost is 4 matrix products (1 forward, 3 backward) instead of 3, and memory does not grow
@@ -62,7 +62,7 @@ def chunked_logprobs(
         matmul_dtype = torch.get_autocast_dtype(device_type)
     else:
         matmul_dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-    logprobs_N: Tensor = _ChunkedLogprobs.apply(
+    logprobs_N: Tensor = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, bias_V, labels_N, chunk_size, matmul_dtype
     )
     return logprobs_N
@@ -115,7 +115,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 # d logprob / d logits = onehot - probs; its negative is built in place. Scaling by
                 # the incoming gradient happens on the narrow side, D wide and not V.
                 index_C1 = labels_N[rows, None]
-                probs_CV.scatter_add_(1, index_C1, probs_CV.new_full((1, 1), -1).expand_as(index_C1))
+                minus_one_C1 = torch.full_like(index_C1, -1, dtype=probs_CV.dtype)
+                probs_CV.scatter_add_(1, index_C1, minus_one_C1)
                 scale_C1 = -grad_N[rows, None]
                 residual_CV = probs_CV.to(matmul_dtype)
                 if grad_hidden_ND is not None:

@@ -58,8 +58,9 @@ class PairLossOptions:
     """Weight of the chosen response's mean negative log-likelihood a token; >= 0."""
 
     def __post_init__(self) -> None:
-        if self.loss not in get_args(LossName):
-            raise ValueError(f"loss is {self.loss!r}; choose one of {', '.join(get_args(LossName))}")
+        names = get_args(LossName)
+        if self.loss not in names:
+            raise ValueError(f"loss is {self.loss!r}; choose one of {', '.join(names)}")
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; it must be > 0")
         if not 0 <= self.label_smoothing < 0.5:
@@ -138,9 +139,7 @@ def pair_losses(
     elif options.loss == "ipo":
         delta_B = r_chosen_B - r_rejected_B
         if options.length_normalized:
-            delta_B = (
-                r_chosen_B / policy.chosen_tokens_B - r_rejected_B / policy.rejected_tokens_B
-            )
+            delta_B = r_chosen_B / policy.chosen_tokens_B - r_rejected_B / policy.rejected_tokens_B
         losses_B = (delta_B - 1 / (2 * beta)) ** 2
     elif options.loss == "exponential":
         losses_B = torch.exp(-scaled_B)

@@ -1,4 +1,4 @@
-"""Makes one small resumable artifact at argv[1]; adds a line to argv[2] for each shard written.
+"""Makes one small resumable artifact at argv[1]; adds a line to argv[2] for each shard begun.
 
 Ends with the exit code of the error, as the command line does.
 """
@@ -18,7 +18,7 @@ def main() -> int:
             file.write(f"{shard}\n")
 
     try:
-        make(out, written=note)
+        make(out, begun=note)
     except SpinError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

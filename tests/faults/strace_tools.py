@@ -29,28 +29,39 @@ class Point:
 
 
 def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script of tests/faults with the given arguments, not traced."""
-    return _run([*_python(script), *map(str, arguments)])
+    """Run a script of tests/faults, not traced."""
+    return run_command([], script, *arguments)
+
+
+def run_command(
+    wrapper: list[str], script: str, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of tests/faults by a command that takes another command as its arguments."""
+    return _run([*wrapper, *_python(script), *map(str, arguments)])
 
 
 def run_killed(point: Point, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script that is killed (SIGKILL) as it enters a system call."""
-    inject = f"inject={point.call}:signal=KILL:when={point.number}"
-    return _run([*_strace(point.call), "-e", inject, *_python(script), *map(str, arguments)])
+    """Run a script of tests/faults that is killed (SIGKILL) as it enters a system call."""
+    return _run_injected(point, "signal=KILL", script, *arguments)
 
 
 def run_failing(
     point: Point, error: str, script: str, *arguments: object
 ) -> subprocess.CompletedProcess[str]:
     """Run a script one of whose system calls fails with `error`, such as EIO."""
-    inject = f"inject={point.call}:error={error}:when={point.number}"
-    return _run([*_strace(point.call), "-e", inject, *_python(script), *map(str, arguments)])
+    return _run_injected(point, f"error={error}", script, *arguments)
+
+
+def _run_injected(
+    point: Point, what: str, script: str, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    inject = f"inject={point.call}:{what}:when={point.number}"
+    return run_command([*_strace(point.call), "-e", inject], script, *arguments)
 
 
 def commit_points(log: Path, script: str, *arguments: object) -> list[Point]:
     """Run a script unhindered and return all its commit calls; it must succeed."""
-    command = [*_strace(",".join(COMMIT_CALLS), log), *_python(script), *map(str, arguments)]
-    done = _run(command)
+    done = run_command(_strace(",".join(COMMIT_CALLS), log), script, *arguments)
     assert done.returncode == 0, done.stderr
     calls = re.findall(r"^\d+\s+(\w+)\(", log.read_text(errors="replace"), re.MULTILINE)
     counts = Counter(call for call in calls if call in COMMIT_CALLS)
@@ -93,6 +104,6 @@ def _python(script: str) -> list[str]:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+        command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -94,7 +94,9 @@ def test_loss_rewards_and_gradient_equal_trls(
     reference = PairLogprobs(sums_S[:PAIRS], sums_S[PAIRS:], tokens_S[:PAIRS], tokens_S[PAIRS:])
 
     their_tokens_ST = token_logprobs_ST.clone().requires_grad_()
-    their_loss, logged = trl_loss_and_metrics(theirs, their_tokens_ST, reference, completion_mask_ST)
+    their_loss, logged = trl_loss_and_metrics(
+        theirs, their_tokens_ST, reference, completion_mask_ST
+    )
     their_loss.backward()
 
     our_tokens_ST = token_logprobs_ST.clone().requires_grad_()

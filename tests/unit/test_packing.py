@@ -1,5 +1,6 @@
 """Packing: every row exactly once, no bin over the budget, ranks in step with each other."""
 
+import itertools
 import time
 
 import pytest
@@ -96,7 +97,7 @@ def test_ranks_stay_in_step_with_each_other(lengths: list[int], num_ranks: int) 
     assert max(loads) - min(loads) <= largest
     # The k-th micro-batches of all ranks are neighbours in size: no later deal is larger.
     deals = list(zip(*(totals(batches, lengths) for batches in ranks), strict=True))
-    for deal, later in zip(deals, deals[1:], strict=False):
+    for deal, later in itertools.pairwise(deals):
         assert min(deal) >= max(later)
 
 

@@ -1,0 +1,182 @@
+"""How a recipe resolves: defaults, file, iteration blocks, overrides; and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.config import RunConfig, known_keys, load_recipe, recipe_from_json
+from stages.errors import ConfigError
+
+RECIPE = """
+name: example
+seed: 7
+model: {path: recipe://base, revision: abc}
+prepare: {source: raw.jsonl}
+sft: {epochs: 2}
+train:
+  beta: 0.2
+  learning_rate: 5e-7
+iterations:
+  3: {train: {beta: 5.0}}
+"""
+
+
+def recipe_file(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "example.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_rise_from_default_to_file_to_iteration_to_override(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    recipe = load_recipe(path)
+    assert recipe.for_iteration().train.label_smoothing == 0.0
+    assert recipe.for_iteration().train.beta == 0.2
+    assert recipe.for_iteration(2).train.beta == 0.2
+    assert recipe.for_iteration(3).train.beta == 5.0
+    assert recipe.for_iteration(3).train.learning_rate == 5e-7
+    assert load_recipe(path, ["train.beta=0.05"]).for_iteration(3).train.beta == 0.05
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    recipe = load_recipe(None, ["train.beta=1", "train.beta=2"])
+    assert recipe.for_iteration().train.beta == 2.0
+
+
+def test_more_overrides_go_on_top_of_a_recipes_own(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), ["seed=8", "train.beta=1"])
+    more = recipe.with_overrides(["train.beta=2"])
+    assert (more.for_iteration().seed, more.for_iteration().train.beta) == (8, 2.0)
+    with pytest.raises(ConfigError, match=r"train\.beta='x'"):
+        recipe.with_overrides(["train.beta=x"])
+
+
+@pytest.mark.parametrize("text", ["5e-7", "5E-7", "0.0000005", "+5e-7", "5.0e-07"])
+def test_scientific_notation_is_a_number(text: str, tmp_path: Path) -> None:
+    override = load_recipe(None, [f"train.learning_rate={text}"])
+    assert override.for_iteration().train.learning_rate == 5e-7
+    file = load_recipe(recipe_file(tmp_path, f"train: {{learning_rate: {text}}}"))
+    assert file.for_iteration().train.learning_rate == 5e-7
+
+
+def test_an_override_may_be_null_or_a_list_or_a_text() -> None:
+    recipe = load_recipe(None, ["train.betas=[0.9, 0.98]", "generate.max_prompts=null", "name=a b"])
+    config = recipe.for_iteration()
+    assert config.train.betas == (0.9, 0.98)
+    assert config.generate.max_prompts is None
+    assert config.name == "a b"
+
+
+def test_an_override_makes_an_optional_section() -> None:
+    assert load_recipe(None).for_iteration().sft is None
+    config = load_recipe(None, ["sft.init=random"]).for_iteration()
+    assert config.sft is not None
+    assert (config.sft.init, config.sft.learning_rate) == ("random", 2e-5)
+
+
+def test_every_value_has_its_origin(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), ["seed=9"])
+    origins = {name: (value, origin) for name, value, origin in recipe.origins(3)}
+    assert origins["seed"] == (9, "override")
+    assert origins["train.learning_rate"] == (5e-7, "example.yaml")
+    assert origins["train.beta"] == (5.0, "example.yaml, iteration 3")
+    assert origins["train.loss"] == ("sigmoid", "default")
+    assert {n: o for n, _, o in recipe.origins()}["train.beta"] == "example.yaml"
+
+
+def test_a_section_given_as_one_override_has_its_origin() -> None:
+    recipe = load_recipe(None, ["train={beta: 0.5}"])
+    origins = {name: (value, origin) for name, value, origin in recipe.origins()}
+    assert origins["train.beta"] == (0.5, "override")
+    assert origins["train.loss"] == ("sigmoid", "default")
+
+
+def test_origins_name_every_setting_once() -> None:
+    names = [name for name, _, _ in load_recipe(None, ["sft.init=random"]).origins()]
+    assert len(names) == len(set(names))
+    leaves = {n for n in known_keys() if not any(k.startswith(f"{n}.") for k in known_keys())}
+    engine_of_evaluate = {n for n in leaves if n.startswith("evaluate.engine.")}
+    assert set(names) == leaves - engine_of_evaluate | {"evaluate.engine"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.bta=1", r"unknown key train\.bta; did you mean train\.beta\?"),
+        ("trian.beta=1", r"unknown key trian.*; did you mean train"),
+        ("generate.engine.nam=vllm", r"did you mean generate\.engine\.name\?"),
+        ("zzzzzz=1", r"unknown key zzzzzz; `spin config show` lists all keys"),
+        ("train.beta=much", r"train\.beta='much': .*number"),
+        ("train.beta=0", r"train\.beta=0: .*greater than 0"),
+        ("train.loss=dpo", r"train\.loss='dpo': .*'sigmoid'"),
+        ("generate.num_samples=1.5", r"generate\.num_samples=1\.5: .*integer"),
+        ("seed=-1", r"seed=-1: .*greater than or equal to 0"),
+        ("seed.x=1", r"seed=.*integer"),
+        ("pair.game=ranked", r"pair\.game=ranked needs reward\.name"),
+        ("train.beta", r"override 'train\.beta' is not of the form section\.key=value"),
+        ("=1", r"override '=1' is not of the form"),
+        ("train.beta=[1", r"override 'train\.beta=\[1': .* no valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_a_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {bta: 1}", r"example\.yaml: unknown key train\.bta; did you mean train\.beta"),
+        ("iterations: {2: {train: {bta: 1}}}", r"unknown key train\.bta"),
+        ("iterations: [1]", r"iterations must map an iteration number"),
+        ("iterations: {first: {}}", r"iterations\.first: iterations are numbered 0, 1, 2"),
+        ("iterations: {-1: {}}", r"iterations\.-1"),
+        ("[1, 2]", r"holds a list, a mapping is needed"),
+        ("a: b: c", r"is no valid YAML"),
+        ("!!python/object/apply:os.system [ls]", r"is no valid YAML"),
+        ("train: 3", r"train=3"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(recipe_file(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe(recipe_file(tmp_path, "")).for_iteration() == RunConfig()
+
+
+def test_recipe_paths_lie_beside_the_recipe(tmp_path: Path) -> None:
+    assert load_recipe(recipe_file(tmp_path)).for_iteration().model.path == str(tmp_path / "base")
+    with pytest.raises(ConfigError, match="no recipe file to be beside"):
+        load_recipe(None, ["model.path=recipe://base"])
+
+
+def test_a_recipe_survives_its_json(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), ["train.beta=0.05"])
+    again = recipe_from_json(recipe.to_json())
+    assert again == recipe
+    assert again.for_iteration(3) == recipe.for_iteration(3)
+
+
+def test_places_and_speed_are_no_part_of_the_identity(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path))
+    other = recipe.with_overrides(
+        ["model.path=elsewhere", "generate.shard_rows=9", "verify=false", "threads=1"]
+    )
+    assert recipe.settings() == other.settings()
+    assert recipe.settings() != recipe.with_overrides(["train.beta=0.3"]).settings()
+    assert recipe.settings(3)["train.beta"] == 5.0
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().seed = 3  # type: ignore[misc]

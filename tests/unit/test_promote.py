@@ -1,0 +1,348 @@
+"""The gate, the pointer that follows it, and who plays whom after a refusal."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import promote
+from stages.artifacts import Manifest, Outcome, Plan, open_artifact, produce
+from stages.artifacts.json_file import write_object
+from stages.artifacts.manifest import InputRef
+from stages.artifacts.pointer import read_pointer
+from stages.config import PromoteConfig, Recipe, load_recipe
+from stages.decisions import champion_evaluation, opponent_of, read_decision
+from stages.errors import ConfigError, CorruptError, GateRefusedError, InputError
+from stages.layout import RunLayout
+from stages.run_record import start_or_resume
+
+METRIC = "sampled_accuracy"
+GATE = [f"promote.metric={METRIC}", "promote.min_gain=0.05"]
+
+
+def new_run(folder: Path, *overrides: str) -> tuple[RunLayout, Recipe]:
+    layout = RunLayout(folder / "run")
+    recipe = load_recipe(None, ["sft.init=random", *GATE, *overrides])
+    start_or_resume(layout, recipe)
+    make(layout.sft, "sft")
+    evaluate(layout, layout.sft, layout.start_evaluation, {METRIC: 0.6})
+    return layout, recipe
+
+
+def make(
+    out: Path, stage: str, files: dict[str, Any] | None = None, **inputs: InputRef
+) -> Manifest:
+    def fill(workspace: Any) -> Outcome:
+        for name, value in (files or {"config.json": {"of": str(out)}}).items():
+            write_object(workspace.file(name), value)
+        return Outcome(counts={})
+
+    return produce(out, Plan(stage, 1, {"out": out.parent.name + out.name}, inputs), fill)
+
+
+def evaluate(layout: RunLayout, model: Path, out: Path, metrics: dict[str, Any]) -> None:
+    ref = open_artifact(model).input_ref(layout.root)
+    make(out, "evaluate", {"metrics.json": metrics}, model=ref)
+
+
+def play(layout: RunLayout, iteration: int, accuracy: float | None) -> None:
+    """Make an iteration up to its evaluation."""
+    model = layout.stage(iteration, "train")
+    make(model, "train")
+    evaluate(layout, model, layout.stage(iteration, "evaluate"), {METRIC: accuracy})
+
+
+def decide(layout: RunLayout, recipe: Recipe, iteration: int) -> bool:
+    inputs = promote.PromoteInputs(
+        layout.stage(iteration, "evaluate"), champion_evaluation(layout, iteration)
+    )
+    out = layout.stage(iteration, "promote")
+    promote.run(recipe.for_iteration(iteration), inputs, out)
+    return read_decision(out).promoted
+
+
+def champion(layout: RunLayout) -> str | None:
+    pointer = read_pointer(layout.champion)
+    return pointer.path if pointer else None
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "before", "promoted", "reason"),
+    [
+        ({}, 0.1, 0.9, True, "a is 0.1"),
+        ({"min_value": 0.5}, 0.5, None, True, "reaches min_value 0.5"),
+        ({"min_value": 0.5}, 0.4999, None, False, "is below min_value 0.5"),
+        ({"min_gain": 0.1}, 0.3, 0.2, True, "gain of 0.1 on the champion's 0.2 reaches"),
+        ({"min_gain": 0.1}, 0.29, 0.2, False, "is below min_gain 0.1"),
+        ({"min_gain": 0.0}, 0.2, 0.2, True, "reaches min_gain 0"),
+        ({"min_gain": -0.1}, 0.15, 0.2, True, "reaches min_gain -0.1"),
+        ({"min_gain": 0.1}, 0.3, None, True, "no champion's value to compare with"),
+        ({"min_value": 0.5, "min_gain": 0.1}, 0.6, 0.55, False, "is below min_gain"),
+        ({"min_value": 0.7, "min_gain": 0.1}, 0.6, 0.4, False, "is below min_value"),
+        ({}, None, 0.2, False, "not a finite number"),
+        ({}, float("nan"), 0.2, False, "not a finite number"),
+        ({"min_value": 0.1}, float("inf"), 0.2, False, "not a finite number"),
+        ({}, 3, None, True, "a is 3"),
+    ],
+)
+def test_the_gate(
+    gate: dict[str, float], value: float | None, before: float | None, promoted: bool, reason: str
+) -> None:
+    champion = None if before is None else {"a": before}
+    decision = promote.decide(PromoteConfig(metric="a", **gate), {"a": value}, champion, "here")
+    assert decision.promoted is promoted
+    assert reason in "; ".join(decision.reasons)
+    assert decision.value is None or decision.value == value
+
+
+def test_a_champions_nan_is_nothing_to_compare_with() -> None:
+    decision = promote.decide(
+        PromoteConfig(metric="a", min_gain=0.1), {"a": 1}, {"a": None}, "here"
+    )
+    assert (decision.promoted, decision.champion_value) == (True, None)
+
+
+def test_an_unknown_metric_is_refused_with_those_there_are() -> None:
+    with pytest.raises(
+        ConfigError, match=r"promote\.metric=c: here has no such metric; it has a, b"
+    ):
+        promote.decide(PromoteConfig(metric="c"), {"b": 1, "a": 2}, None, "here")
+
+
+@pytest.mark.parametrize("value", ["high", True, [1]])
+def test_a_metric_that_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="which is no number"):
+        promote.decide(PromoteConfig(metric="a"), {"a": value}, None, "here")
+
+
+def test_the_first_player_is_compared_with_the_start(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    play(layout, 0, 0.7)
+    assert decide(layout, recipe, 0)
+    decision = read_decision(layout.stage(0, "promote"))
+    assert (decision.value, decision.champion_value, decision.min_gain) == (0.7, 0.6, 0.05)
+    pointer = read_pointer(layout.champion)
+    assert pointer is not None
+    assert pointer.path == "iterations/000/train"
+    assert pointer.key == open_artifact(layout.stage(0, "train")).manifest.key
+    decision_key = open_artifact(layout.stage(0, "promote")).manifest.key
+    assert pointer.history[0].decision_key == decision_key
+
+
+def test_a_later_player_is_compared_with_the_champion_not_the_last(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    for iteration, accuracy in enumerate([0.8, 0.5, 0.7]):
+        play(layout, iteration, accuracy)
+    assert [decide(layout, recipe, t) for t in range(3)] == [True, False, False]
+    assert read_decision(layout.stage(2, "promote")).champion_value == 0.8
+    assert champion(layout) == "iterations/000/train"
+
+
+def test_nan_is_refused_and_moves_nothing(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    play(layout, 0, None)
+    assert not decide(layout, recipe, 0)
+    assert champion(layout) is None
+
+
+def test_deciding_again_changes_nothing(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    for iteration, accuracy in enumerate([0.7, 0.8]):
+        play(layout, iteration, accuracy)
+        assert decide(layout, recipe, iteration)
+    before = layout.champion.read_bytes()
+    assert decide(layout, recipe, 0)
+    assert decide(layout, recipe, 1)
+    assert layout.champion.read_bytes() == before
+
+
+def test_a_kill_between_decision_and_pointer_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, recipe = new_run(tmp_path)
+    play(layout, 0, 0.7)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promote, "move_pointer", die)
+        decide(layout, recipe, 0)
+    assert read_decision(layout.stage(0, "promote")).promoted
+    assert champion(layout) is None
+    assert decide(layout, recipe, 0)
+    assert champion(layout) == "iterations/000/train"
+
+
+def test_a_lost_pointer_is_made_again_by_deciding_again(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    for iteration, accuracy in enumerate([0.7, 0.8]):
+        play(layout, iteration, accuracy)
+        decide(layout, recipe, iteration)
+    layout.champion.unlink()
+    decide(layout, recipe, 0)
+    decide(layout, recipe, 1)
+    assert champion(layout) == "iterations/001/train"
+
+
+def test_a_deleted_decision_is_made_again_against_the_same_champion(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    for iteration, accuracy in enumerate([0.7, 0.8]):
+        play(layout, iteration, accuracy)
+        decide(layout, recipe, iteration)
+    out = layout.stage(1, "promote")
+    key = open_artifact(out).manifest.key
+    for file in out.iterdir():
+        file.unlink()
+    out.rmdir()
+    assert decide(layout, recipe, 1)
+    assert open_artifact(out).manifest.key == key
+    pointer = read_pointer(layout.champion)
+    assert pointer is not None
+    assert len(pointer.history) == 2
+
+
+def test_a_roll_back_is_not_undone_by_deciding_again(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    for iteration, accuracy in enumerate([0.7, 0.8]):
+        play(layout, iteration, accuracy)
+        decide(layout, recipe, iteration)
+    left, now = promote.rollback(layout)
+    assert (left, now.path) == ("iterations/001/train", "iterations/000/train")
+    assert [entry.path for entry in now.history] == [
+        "iterations/000/train", "iterations/001/train", "iterations/000/train",
+    ]  # fmt: skip
+    decide(layout, recipe, 0)
+    decide(layout, recipe, 1)
+    assert champion(layout) == "iterations/000/train"
+
+
+def test_the_one_after_a_roll_back_has_to_beat_the_champion_of_then(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    for iteration, accuracy in enumerate([0.7, 0.9]):
+        play(layout, iteration, accuracy)
+        decide(layout, recipe, iteration)
+    promote.rollback(layout)
+    play(layout, 2, 0.8)
+    assert decide(layout, recipe, 2)
+    assert read_decision(layout.stage(2, "promote")).champion_value == 0.7
+
+
+def test_on_refusal_is_no_part_of_a_decision(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    play(layout, 0, 0.1)
+    assert not decide(layout, recipe, 0)
+    assert not decide(layout, recipe.with_overrides(["promote.on_refusal=player"]), 0)
+    with pytest.raises(ConfigError, match=r"promote\.min_gain: 0\.05 there, 0\.01 now"):
+        decide(layout, recipe.with_overrides(["promote.min_gain=0.01"]), 0)
+
+
+def test_a_model_from_elsewhere_is_not_promoted(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    make(tmp_path / "model", "train")
+    out = layout.stage(0, "evaluate")
+    evaluate(layout, tmp_path / "model", out, {METRIC: 1.0})
+    with pytest.raises(InputError, match="is of model, which is no model in this run"):
+        promote.run(
+            recipe.for_iteration(0), promote.PromoteInputs(out, None), layout.stage(0, "promote")
+        )
+
+
+def test_a_player_that_changed_since_its_evaluation_is_not_promoted(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    play(layout, 0, 0.7)
+    model = layout.stage(0, "train")
+    for file in model.iterdir():
+        file.unlink()
+    make(model, "train", {"config.json": {"other": 1}})
+    with pytest.raises(InputError, match="is not the model that .* is of"):
+        decide(layout, recipe, 0)
+    assert champion(layout) is None
+
+
+def test_promotion_needs_a_run(tmp_path: Path) -> None:
+    inputs = promote.PromoteInputs(tmp_path / "evaluate", None)
+    with pytest.raises(ConfigError, match="lies in no run directory"):
+        promote.run(load_recipe(None).for_iteration(), inputs, tmp_path / "promote")
+
+
+def test_a_damaged_decision_is_no_decision(tmp_path: Path) -> None:
+    layout, recipe = new_run(tmp_path)
+    play(layout, 0, 0.7)
+    decide(layout, recipe, 0)
+    path = layout.stage(0, "promote") / "decision.json"
+    path.write_bytes(path.read_bytes().replace(b"0.7", b"0.9"))
+    with pytest.raises(CorruptError, match=r"decision\.json is damaged"):
+        read_decision(layout.stage(0, "promote"))
+
+
+class TestWhoPlaysWhom:
+    def after(self, tmp_path: Path, accuracies: list[float], policy: str) -> tuple[Any, Any]:
+        layout, recipe = new_run(tmp_path, f"promote.on_refusal={policy}")
+        for iteration, accuracy in enumerate(accuracies):
+            play(layout, iteration, accuracy)
+            decide(layout, recipe, iteration)
+        return layout, recipe
+
+    def test_iteration_0_plays_the_start(self, tmp_path: Path) -> None:
+        layout, recipe = new_run(tmp_path)
+        found = opponent_of(layout, recipe, 0)
+        assert (found.model, found.evaluation) == (str(layout.sft), str(layout.start_evaluation))
+
+    def test_without_sft_iteration_0_plays_the_recipes_model(self, tmp_path: Path) -> None:
+        layout = RunLayout(tmp_path)
+        found = opponent_of(layout, load_recipe(None, ["model.path=a/b", "model.revision=r"]), 0)
+        assert (found.model, found.revision) == ("a/b", "r")
+        with pytest.raises(ConfigError, match="no model to start from"):
+            opponent_of(layout, load_recipe(None), 0)
+
+    def test_a_promoted_player_is_the_next_opponent(self, tmp_path: Path) -> None:
+        layout, recipe = self.after(tmp_path, [0.7], "stop")
+        found = opponent_of(layout, recipe, 1)
+        assert found.model == str(layout.stage(0, "train"))
+        assert found.evaluation == str(layout.stage(0, "evaluate"))
+
+    def test_a_refusal_stops_the_run(self, tmp_path: Path) -> None:
+        layout, recipe = self.after(tmp_path, [0.7, 0.7], "stop")
+        with pytest.raises(GateRefusedError, match=r"iteration 1 was not promoted.*min_gain 0\.05"):
+            opponent_of(layout, recipe, 2)
+
+    def test_or_the_champion_plays_on(self, tmp_path: Path) -> None:
+        layout, recipe = self.after(tmp_path, [0.8, 0.7], "champion")
+        assert opponent_of(layout, recipe, 2).model == str(layout.stage(0, "train"))
+
+    def test_which_is_the_start_while_there_is_none(self, tmp_path: Path) -> None:
+        layout, recipe = self.after(tmp_path, [0.1], "champion")
+        assert opponent_of(layout, recipe, 1).model == str(layout.sft)
+
+    def test_or_the_refused_player_does(self, tmp_path: Path) -> None:
+        layout, recipe = self.after(tmp_path, [0.8, 0.7], "player")
+        assert opponent_of(layout, recipe, 2).model == str(layout.stage(1, "train"))
+
+    @pytest.mark.parametrize(("policy", "iteration"), [("champion", 0), ("player", 1)])
+    def test_rolled_back_counts_as_refused(
+        self, policy: str, iteration: int, tmp_path: Path
+    ) -> None:
+        layout, recipe = self.after(tmp_path, [0.7, 0.8], policy)
+        promote.rollback(layout)
+        assert opponent_of(layout, recipe, 2).model == str(layout.stage(iteration, "train"))
+
+    def test_rolled_back_stops_where_refusals_stop(self, tmp_path: Path) -> None:
+        layout, recipe = self.after(tmp_path, [0.7, 0.8], "stop")
+        promote.rollback(layout)
+        with pytest.raises(GateRefusedError, match="rolled back since"):
+            opponent_of(layout, recipe, 2)
+
+    def test_an_iteration_that_began_keeps_its_opponent(self, tmp_path: Path) -> None:
+        layout, recipe = self.after(tmp_path, [0.7, 0.8], "stop")
+        ref = open_artifact(layout.stage(1, "train")).input_ref(layout.root)
+        make(layout.stage(2, "generate"), "generate", model=ref)
+        promote.rollback(layout)
+        found = opponent_of(layout, recipe, 2)
+        assert found.model == str(layout.stage(1, "train"))
+        assert found.evaluation == str(layout.stage(1, "evaluate"))
+
+    def test_an_undecided_iteration_has_no_successor(self, tmp_path: Path) -> None:
+        layout, recipe = new_run(tmp_path)
+        with pytest.raises(InputError, match="iteration 0 is not decided yet; run: spin promote"):
+            opponent_of(layout, recipe, 1)

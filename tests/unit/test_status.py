@@ -1,0 +1,212 @@
+"""status: what a run holds, read while it goes on and however it was left."""
+
+import fcntl
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spin_cli.loop import carry_on
+from stages.artifacts import locks
+from stages.config import Recipe, load_recipe
+from stages.errors import BusyError, CorruptError, InputError
+from stages.layout import RunLayout
+from stages.run_record import start_or_resume
+from stages.status import stage_state, status
+from tests import fake_stages
+
+STAGES = ["generate", "pair", "score", "train", "evaluate", "promote"]
+RANKED = ["pair.game=ranked", "reward.name=gsm8k", "generate.num_samples=2"]
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with fake_stages.installed():
+        yield
+
+
+def a_run(folder: Path, iterations: int = 1, *overrides: str) -> tuple[RunLayout, Recipe]:
+    recipe = load_recipe(None, ["sft.init=random", *overrides])
+    layout = RunLayout(folder / "run")
+    start_or_resume(layout, recipe)
+    carry_on(layout, recipe, iterations)
+    return layout, recipe
+
+
+def states(layout: RunLayout, iteration: int = 0) -> dict[str, str]:
+    stages = status(layout.root)["iterations"][iteration]["stages"]
+    return {name: stage["state"] for name, stage in stages.items()}
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path, 2)
+    found = status(layout.root)
+    assert list(found) == ["run", "champion", "start", "iterations"]
+    assert found["run"] == str(layout.root)
+    assert found["champion"] == "iterations/001/train"
+    assert found["start"] == {"metrics": {"sampled_accuracy": 0.6, "greedy_accuracy": 1.0}}
+    assert [row["index"] for row in found["iterations"]] == [0, 1]
+    row = found["iterations"][1]
+    assert list(row) == ["index", "stages", "metrics", "decision"]
+    assert list(row["stages"]) == STAGES
+    for stage in row["stages"].values():
+        assert list(stage) == ["state", "key", "seconds"]
+        assert stage["state"] == "done"
+        assert len(stage["key"]) == 64
+        assert stage["seconds"] >= 0
+    assert row["metrics"] == {
+        "sampled_accuracy": 0.8,
+        "greedy_accuracy": 1.0,
+        "identical_share": 0.5,
+        "heldout_reward_accuracy": 0.75,
+        "heldout_reward_margin": 1.5,
+    }
+    assert row["decision"]["promoted"] is True
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path / "run")
+    start_or_resume(layout, load_recipe(None))
+    empty = {"run": str(layout.root), "champion": None, "start": {"metrics": {}}, "iterations": []}
+    assert status(layout.root) == empty
+
+
+def test_iterations_are_sorted_as_numbers(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    for name in ("1000", "999", "x", ".hidden", "01"):
+        (layout.root / "iterations" / name).mkdir()
+    assert [row["index"] for row in status(layout.root)["iterations"]] == [0, 999, 1000]
+
+
+def test_a_missing_stage(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    shutil.rmtree(layout.stage(0, "promote"))
+    shutil.rmtree(layout.stage(0, "evaluate"))
+    assert states(layout) == dict.fromkeys(STAGES, "done") | {
+        "evaluate": "missing", "promote": "missing",
+    }  # fmt: skip
+    row = status(layout.root)["iterations"][0]
+    assert row["metrics"] == {"identical_share": 0.5}
+    assert row["decision"] is None
+    assert row["stages"]["evaluate"] == {"state": "missing", "key": None, "seconds": None}
+
+
+def test_reward_is_there_only_where_the_game_asks_for_it(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path / "ranked", 1, *RANKED)
+    assert list(states(layout)) == ["generate", "reward", *STAGES[1:]]
+    shutil.rmtree(layout.stage(0, "reward"))
+    assert states(layout)["reward"] == "missing"
+
+
+def test_an_attempt_that_was_cut_off_is_partial(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    shutil.rmtree(layout.stage(0, "train"))
+    (layout.root / "iterations/000/.train.0123456789abcdef.partial").mkdir()
+    assert states(layout)["train"] == "partial"
+
+
+def test_a_held_lock_is_a_running_stage(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    out = layout.stage(0, "train")
+    shutil.rmtree(out)
+    assert states(layout)["train"] == "missing"
+    with locks.hold(locks.lock_path(out), str(out)):
+        assert states(layout)["train"] == "running"
+    assert states(layout)["train"] == "missing"
+
+
+def test_a_killed_owners_note_is_no_running_stage(tmp_path: Path) -> None:
+    out = tmp_path / "train"
+    locks.lock_path(out).write_text('{"host": "h", "pid": 1, "command": "spin"}')
+    assert stage_state(out)["state"] == "missing"
+
+
+def test_status_makes_no_file_and_holds_no_lock(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    shutil.rmtree(layout.stage(0, "train"))
+    lock = locks.lock_path(layout.stage(0, "train"))
+    lock.unlink()
+    before = sorted(p for p in layout.root.rglob("*"))
+    status(layout.root)
+    assert sorted(p for p in layout.root.rglob("*")) == before
+    lock.write_text("left by a killed owner")
+    status(layout.root)
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_status_never_turns_a_starting_stage_away(tmp_path: Path) -> None:
+    out = tmp_path / "train"
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            stage_state(out)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(300):
+            try:
+                with locks.hold(locks.lock_path(out), str(out)):
+                    pass
+            except BusyError as error:
+                pytest.fail(f"turned away: {error}")
+    finally:
+        stop.set()
+        watcher.join()
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [("train", "manifest.json"), ("evaluate", "metrics.json"), ("promote", "decision.json")],
+)
+def test_a_changed_byte_is_corrupt(stage: str, file: str, tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    path = layout.stage(0, stage) / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert states(layout)[stage] == "corrupt"
+    row = status(layout.root)["iterations"][0]
+    assert row["stages"][stage]["key"] is None
+    if stage == "evaluate":
+        assert row["metrics"] == {"identical_share": 0.5}
+    if stage == "promote":
+        assert row["decision"] is None
+
+
+def test_a_missing_or_extra_file_is_corrupt(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    (layout.stage(0, "train") / "config.json").unlink()
+    (layout.stage(0, "score") / "extra").touch()
+    assert (states(layout)["train"], states(layout)["score"]) == ("corrupt", "corrupt")
+
+
+def test_a_folder_without_a_manifest_is_corrupt(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    (layout.stage(0, "train") / "manifest.json").unlink()
+    assert states(layout)["train"] == "corrupt"
+
+
+def test_an_empty_folder_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    assert stage_state(tmp_path / "train")["state"] == "missing"
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no run directory"):
+        status(tmp_path)
+    with pytest.raises(InputError, match="none does not exist"):
+        status(tmp_path / "none")
+
+
+def test_a_damaged_run_record_is_told(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path)
+    layout.record.write_text(layout.record.read_text().replace("sigmoid", "hinge") + " ")
+    with pytest.raises(CorruptError, match=r"run\.json is damaged"):
+        status(layout.root)
