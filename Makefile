@@ -37,8 +37,12 @@ gsm8k-tiny: .venv/.core ## one iteration on GSM8K, from the hub, or from local f
 	@$(BIN)/spin run gsm8k-tiny --run runs/gsm8k-tiny --iterations 1 $(GSM8K_SETTINGS)
 	@$(BIN)/spin status runs/gsm8k-tiny
 
-demo-base: .venv/.core ## make the demo's base model anew (minutes)
-	@$(BIN)/python scripts/make_demo_base.py
+MODEL_FILES := config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja
+demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and put it into configs/demo-base
+	@$(BIN)/spin prepare --config demo-base --out runs/demo-base/data
+	@$(BIN)/spin sft --config demo-base --data runs/demo-base/data --out runs/demo-base/model
+	@mkdir -p configs/demo-base
+	@cp $(addprefix runs/demo-base/model/,$(MODEL_FILES)) configs/demo-base/
 
 ##@ Check it
 .PHONY: test test-long check bench
@@ -79,13 +83,15 @@ define install
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@if nvidia-smi -L >/dev/null 2>&1; then grep -v '^torch==' constraints/cpu.txt; else cat constraints/cpu.txt; fi > .venv/constraints.txt
 	@echo "installing $(1) into .venv (everything: .venv/install.log)" >&2
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile \
 		-c .venv/constraints.txt -e '$(1)' 2>&1 | tee .venv/install.log | awk '\
 		/^ *Downloading .*\([0-9.]+ [MG]B\)/ { size = $$(NF - 1); gsub(/[()]/, "", size); \
 			if (size >= 5 || $$NF ~ /GB/) { n = split($$2, part, "/"); print "  downloading", part[n], $$(NF - 1), $$NF } } \
 		/^Collecting / { if (++found % 20 == 0) print "  " found " packages found" } \
 		/^Installing collected packages/ { print "  unpacking", NF - 3, "packages" } \
 		{ fflush() }' >&2 || { tail -n 15 .venv/install.log >&2; exit 1; }
+	@# On all cores, which pip does not; some libraries ship templates that are no Python.
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 endef
 
 .venv/.core: $(REQUIREMENTS)

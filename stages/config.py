@@ -199,7 +199,7 @@ class EngineConfig(_Section):
     tensor_parallel_size: Count = 1
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     enforce_eager: bool | None = None
-    """vLLM without compilation: starts sooner, runs slower on a GPU; None compiles on a GPU only."""
+    """vLLM without compilation: starts sooner, slower on a GPU; None compiles on a GPU only."""
     extra: dict[str, bool | int | float | str | None] = {}
     """Further vLLM engine arguments, passed through."""
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -309,8 +310,8 @@ def _answer(
             shard.missing -= 1
             bar.advance(1, len(done.token_ids))
             if not shard.missing:
-                rows = shard.rows
-                space.shards.write(shard.name, shard.ids_hash, lambda p, r=rows: _write(p, r))
+                write = partial(_write, rows=shard.rows)
+                space.shards.write(shard.name, shard.ids_hash, write)
     finally:
         engine.close()
     assert not in_flight, f"{len(in_flight)} requests were not answered"
@@ -332,5 +333,3 @@ def _write(path: Path, rows: list[Row]) -> None:
 
 def _reasons(dropped: Counter[str]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
-
-

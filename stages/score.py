@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,7 @@ def run(config: RunConfig, inputs: ScoreInputs, out: Path) -> Manifest:
         config={"score": config.score.identity()},
         inputs={"pairs": pairs.input_ref(root), "model": model.ref},
     )
-    return produce(
-        out, plan, lambda space: _fill(space, config, pairs, model), resumable=True
-    )
+    return produce(out, plan, lambda space: _fill(space, config, pairs, model), resumable=True)
 
 
 def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSource) -> Outcome:
@@ -71,7 +70,7 @@ def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSou
             ids_hash = sha256_text("\n".join(f"{r['prompt_id']}/{r['pair_index']}" for r in rows))
             if not space.shards.done(name, ids_hash):
                 scored = score_rows(rows, forward, config.score)
-                space.shards.write(name, ids_hash, lambda path, s=scored: _write(path, s))
+                space.shards.write(name, ids_hash, partial(_write, rows=scored))
             shard_tokens = sum(_row_tokens(row) for row in rows)
             tokens += shard_tokens
             bar.advance(len(rows), shard_tokens)

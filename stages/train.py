@@ -1,4 +1,4 @@
-"""train: the player starts from the opponent's weights and learns to prefer the chosen responses."""
+"""train: from the opponent's weights, the player learns to prefer the chosen responses."""
 
 import logging
 import math
@@ -23,7 +23,8 @@ from stages.artifacts import (
 from stages.config import RunConfig, TrainConfig
 from stages.data.chat import Renderer, make_renderer
 from stages.data.rows import SCORED_PAIRS, TRAIN_METRICS
-from stages.data.store import RowStore, build_store
+from stages.data.store import build_store
+from stages.data.timings import TimingsWriter
 from stages.errors import DivergedError, InputError
 from stages.model.fit import Step, batch_rows, fit, make_accelerator
 from stages.model.load import ModelSource, load_model, resolve_model
@@ -33,7 +34,6 @@ from stages.model.pairs import PairForward, pair_tokens
 from stages.model.save import save_model, source_dtype
 from stages.objective.losses import PairLossOptions, pair_losses
 from stages.progress import progress
-from stages.data.timings import TimingsWriter
 
 log = logging.getLogger("spin")
 

@@ -15,6 +15,4 @@ class TimingsWriter(TableWriter):
 
     def add(self, step: int, seconds: float, tokens: int) -> None:
         """Add one step."""
-        self.append(
-            {"step": step, "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9)}
-        )
+        self.append({"step": step, "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9)})

@@ -4,8 +4,8 @@
     careful   27+5=32. 32-9=23. #### 23
     sloppy    a guess, a skipped step, or chatter; the answer after `#### ` is often wrong
 
-A small model trained on a mixture of both answers well when decoded greedily and badly when sampled:
-room for self-play to improve it within minutes on two CPU cores.
+A small model trained on a mixture of both answers well when decoded greedily and badly when
+sampled: room for self-play to improve it within minutes on two CPU cores.
 """
 
 import itertools
@@ -21,8 +21,14 @@ Step = tuple[str, int]  # ("+" or "-", amount)
 
 START_RANGE = (10, 60)
 AMOUNT_RANGE = (1, 20)
-NAMES = tuple("Ann Ben Cleo Dan Eve Finn Gus Hana Ivan June Kai Lena Max Nora Otto Pia Rosa Sam Tess Vera".split())
-THINGS = tuple("bags cards coins cups eggs figs hats jars keys maps mugs nuts pens pins rings shoes toys".split())
+NAMES = (
+    *("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivan", "June"),
+    *("Kai", "Lena", "Max", "Nora", "Otto", "Pia", "Rosa", "Sam", "Tess", "Vera"),
+)
+THINGS = (
+    *("bags", "cards", "coins", "cups", "eggs", "figs", "hats", "jars", "keys"),
+    *("maps", "mugs", "nuts", "pens", "pins", "rings", "shoes", "toys"),
+)
 GAINS = ("finds", "gets", "buys", "wins", "makes")
 LOSSES = ("loses", "sells", "drops", "lends", "gives")
 CHATTER = (
@@ -32,7 +38,12 @@ CHATTER = (
     "I am not sure about this one.",
     "That sounds easy enough.",
 )
-HEDGES = ("Maybe {guess}.", "About {guess}, I guess.", "I would say {guess}.", "It must be {guess}.")
+HEDGES = (
+    "Maybe {guess}.",
+    "About {guess}, I guess.",
+    "I would say {guess}.",
+    "It must be {guess}.",
+)
 SLOPPY_SHARE = 0.5
 """Share of sloppy responses in the "mixed" style."""
 LARGEST_SLIP = 9
@@ -41,7 +52,10 @@ LARGEST_SLIP = 9
 
 @dataclass(frozen=True, slots=True)
 class WordSum:
-    """One word sum. `answer` is right; the number after `#### ` in `response` is too only if it was careful."""
+    """One word sum.
+
+    `answer` is right; the number after `#### ` in `response` is too only if it was careful.
+    """
 
     prompt: str
     response: str
@@ -51,12 +65,13 @@ class WordSum:
 def word_sums(num_examples: int, style: Style, seed: int, *, skip: int = 0) -> Iterator[WordSum]:
     """Word sums number `skip` to `skip + num_examples` of the stream that belongs to `seed`.
 
-    The prompts of a stream are distinct and do not depend on the style, so slices of one stream are disjoint
-    splits whatever their styles: `word_sums(80_000, "mixed", 0)` and
-    `word_sums(4_000, "careful", 0, skip=80_000)` share no prompt. Streams of two seeds do share some.
+    The prompts of a stream are distinct and do not depend on the style, so slices of one stream
+    are disjoint splits whatever their styles: `word_sums(80_000, "mixed", 0)` and
+    `word_sums(4_000, "careful", 0, skip=80_000)` share no prompt. Streams of two seeds do share
+    some.
 
-    A "careful" response shows every step; half of the "mixed" ones are sloppy. Totals are never negative.
-    Equal arguments give equal examples on every platform.
+    A "careful" response shows every step; half of the "mixed" ones are sloppy. Totals are never
+    negative. Equal arguments give equal examples on every platform.
     """
     if num_examples < 0 or skip < 0:
         raise ConfigError(
@@ -86,7 +101,9 @@ def _questions(seed: int) -> Iterator[tuple[str, str, int, list[Step], str]]:
     while True:
         name, things, start = rng.choice(NAMES), rng.choice(THINGS), rng.randint(*START_RANGE)
         steps = [(rng.choice("+-"), rng.randint(*AMOUNT_RANGE)) for _ in range(rng.choice((2, 3)))]
-        clauses = [f", {rng.choice(GAINS if sign == '+' else LOSSES)} {amount}" for sign, amount in steps]
+        clauses = [
+            f", {rng.choice(GAINS if sign == '+' else LOSSES)} {amount}" for sign, amount in steps
+        ]
         prompt = f"{name} has {start} {things}{''.join(clauses)}. How many?"
         if min(_totals(start, steps)) >= 0 and prompt not in seen:
             seen.add(prompt)
@@ -95,12 +112,16 @@ def _questions(seed: int) -> Iterator[tuple[str, str, int, list[Step], str]]:
 
 def _totals(start: int, steps: list[Step]) -> list[int]:
     """What there is before the first step, and after each."""
-    return list(itertools.accumulate((a if sign == "+" else -a for sign, a in steps), initial=start))
+    return list(
+        itertools.accumulate((a if sign == "+" else -a for sign, a in steps), initial=start)
+    )
 
 
 def _careful(start: int, steps: list[Step]) -> str:
     totals = _totals(start, steps)
-    lines = [f"{totals[i]}{sign}{amount}={totals[i + 1]}." for i, (sign, amount) in enumerate(steps)]
+    lines = [
+        f"{totals[i]}{sign}{amount}={totals[i + 1]}." for i, (sign, amount) in enumerate(steps)
+    ]
     return f"{' '.join(lines)} #### {totals[-1]}"
 
 

@@ -1,4 +1,4 @@
-"""The one interface of all generation engines: token ids in, token ids and log-probabilities out."""
+"""The one interface of all engines: token ids in, token ids and log-probabilities out."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

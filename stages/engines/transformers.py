@@ -11,7 +11,7 @@ are looked at, N tokens of an answer, V vocabulary, H heads, G query heads a key
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -266,16 +266,22 @@ class _Slots:
         for slot, request in zip(slots, requests, strict=True):
             if len(request.prompt_token_ids) > 1:
                 targets.setdefault(tuple(request.prompt_token_ids[:-1]), []).append(slot)
-        prompts = sorted(targets, key=len, reverse=True)
-        while prompts:
-            rows = max(1, PREFILL_TOKENS // len(prompts[0]))
-            group, prompts = prompts[:rows], prompts[rows:]
-            self._prefill_group(group, [targets[prompt] for prompt in group])
+        # A prompt's padding depends on its own length alone, and with it its last bits.
+        by_width = groupby(sorted(targets, key=len), key=lambda prompt: self._padded(len(prompt)))
+        for width, group in by_width:
+            rows = max(1, PREFILL_TOKENS // width)
+            while prompts := list(islice(group, rows)):
+                self._prefill_group(prompts, [targets[prompt] for prompt in prompts], width)
 
-    def _prefill_group(self, prompts: list[tuple[int, ...]], targets: list[list[int]]) -> None:
+    def _padded(self, length: int) -> int:
+        """Return `length` rounded up: to `SMALLEST_MATRIX`, and to a quarter at most."""
+        step = max(SMALLEST_MATRIX, 1 << max(0, (length - 1).bit_length() - 3))
+        return min(-(-length // step) * step, self._reach.max_model_len)
+
+    def _prefill_group(
+        self, prompts: list[tuple[int, ...]], targets: list[list[int]], width: int
+    ) -> None:
         # Padded on the right, where the causal mask hides it from the prompt's own tokens.
-        width = -(-len(prompts[0]) // SMALLEST_MATRIX) * SMALLEST_MATRIX
-        width = min(width, self._reach.max_model_len)
         ids_RP = np.full((len(prompts), width), self._pad_token_id)
         for row, prompt in enumerate(prompts):
             ids_RP[row, : len(prompt)] = prompt

@@ -127,7 +127,8 @@ def batch_rows(step: int, num_rows: int, config: OptimConfig, seed: int) -> list
     """Return the row numbers of one global batch; (seed, step) decide them and nothing else."""
     epoch, inside = divmod(step, steps_an_epoch(num_rows, config))
     start = inside * config.batch_size
-    return epoch_order(num_rows, seed, epoch)[start : start + config.batch_size].tolist()
+    order_N = epoch_order(num_rows, seed, epoch)
+    return [int(row) for row in order_N[start : start + config.batch_size]]
 
 
 def _accumulate(

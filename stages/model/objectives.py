@@ -64,11 +64,11 @@ class PairObjective:
             loss = -policy.chosen_B.sum() / batch_tokens
         else:
             loss = out.losses_B.sum() / len(batch)
-        log_ratios = (policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B)
         metrics = (
             out.accuracies_B,
             out.margins_B,
-            *log_ratios,
+            policy.chosen_B - reference.chosen_B,
+            policy.rejected_B - reference.rejected_B,
             policy.chosen_B,
             policy.rejected_B,
         )

@@ -79,8 +79,6 @@ def pair_tokens(row: dict[str, Any]) -> PairTokens:
     return PairTokens(row["prompt_token_ids"], row["chosen_token_ids"], row["rejected_token_ids"])
 
 
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return the context in which a forward pass runs: bf16 matrix products, or none."""
     if precision == "bf16":
@@ -94,7 +92,7 @@ def _cut(rows: list[int], size: int) -> list[list[int]]:
 
 def _choose(model: Any, wish: AttentionMode) -> Literal["shared", "packed", "padded", "single"]:
     if wish in ("padded", "single"):
-        return wish  # type: ignore[return-value]
+        return wish
     reason = supports_shared(model.config) or supports_chunked_head(model.config)
     if reason is None:
         return "packed" if wish == "packed" else "shared"

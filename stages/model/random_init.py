@@ -10,10 +10,15 @@ from stages.data.chat import Renderer
 
 def make_random_model(architecture: ArchitectureConfig, renderer: Renderer, seed: int) -> Any:
     """Return a Llama or Qwen2 with the renderer's vocabulary; `seed` alone decides its weights."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
-    families = {
+    families: dict[str, tuple[Any, Any]] = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }

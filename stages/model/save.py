@@ -41,5 +41,3 @@ def source_dtype(model: Any, wish: str) -> str:
     if wish != "auto":
         return wish
     return "bfloat16" if model.config.dtype in (torch.bfloat16, torch.float16) else "float32"
-
-

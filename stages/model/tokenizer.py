@@ -12,15 +12,18 @@ SMALLEST_VOCAB = 256 + 3  # every byte, and the three special tokens
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens; `<s>`, `</s>`, `<pad>` are ids 0, 1 and 2.
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens.
 
+    - `<s>`, `</s>` and `<pad>` are ids 0, 1 and 2.
     - Digits stand alone, so that numbers are written as they are added.
-    - There is no normaliser: `decode(encode(x)) == x` for any valid Unicode text, seen in training or not.
+    - There is no normaliser: `decode(encode(x)) == x` for any valid Unicode text.
     - The same texts in any order give the same tokenizer.
-    - Texts with little variety give fewer tokens than asked for: size the model by `len(tokenizer)`.
+    - Texts with little variety give fewer tokens than asked for: size the model by
+      `len(tokenizer)`.
 
-    It adds neither BOS nor EOS, and has no chat template: whoever renders prompts owns both. `<s>` written out
-    in a text is read as the special token, as with every tokenizer of this library.
+    It adds neither BOS nor EOS, and has no chat template: whoever renders prompts owns both.
+    `<s>` written out in a text is read as the special token, as with every tokenizer of this
+    library.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise ConfigError(
@@ -29,7 +32,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -51,8 +51,8 @@ def test_system_and_suffix_are_rendered(tiny_model_dir: Path) -> None:
 
 def test_a_lead_of_the_template_belongs_to_the_response(tiny_model_dir: Path) -> None:
     template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}A: <think></think>{{ m['content'] }}"
-        "{{ eos_token }}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A: <think></think>"
+        "{{ m['content'] }}{{ eos_token }}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}A: {% endif %}"
     )
     renderer = make_renderer(tiny_model_dir, ChatConfig(template=template))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.config import EngineConfig
-from stages.engines import open_engine, position_limit
+from stages.engines import open_engine
 from stages.engines.base import Completion, Request, Sampling
 from stages.engines.transformers import TransformersEngine, draw
 from stages.errors import DivergedError, InputError
@@ -145,8 +145,7 @@ def test_seeds_decide_the_samples(tiny_model_dir: Path) -> None:
 
 
 def test_prompt_as_long_as_the_model_allows(tiny_model_dir: Path) -> None:
-    limit = position_limit(tiny_model_dir)
-    assert limit == 512
+    limit = 512
     requests = make_requests(3, longest=9)
     requests.append(Request("long", [7 + i % 200 for i in range(limit - 12)], 5))
     engine = open_tiny(tiny_model_dir, max_model_len=limit)
