@@ -74,13 +74,22 @@ def first_difference(old: Recipe, new: Recipe) -> str | None:
         before, now = old.settings(iteration), new.settings(iteration)
         for name in [*before, *(name for name in now if name not in before)]:
             if name not in before or name not in now or before[name] != now[name]:
+                name = _common_name(name, before, now)
                 where = "" if iteration is None else f" (iteration {iteration})"
                 return f"{name}: {_shown(before, name)} there, {_shown(now, name)} now{where}"
     return None
 
 
+def _common_name(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the section that is null on one side, where that is why `name` is missing there."""
+    section = name.rpartition(".")[0]
+    return section if section in before or section in now else name
+
+
 def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return canonical_json(settings[name]) if name in settings else "absent"
+    if name in settings:
+        return canonical_json(settings[name])
+    return "set" if any(other.startswith(f"{name}.") for other in settings) else "absent"
 
 
 def _find_recipe(layout: RunLayout) -> Recipe | None:

@@ -84,7 +84,7 @@ def run(config: RunConfig, inputs: SftInputs, out: Path) -> Manifest:
 def _fill(
     space: Workspace, config: RunConfig, sft: SftConfig, data: Artifact, base: ModelSource | None
 ) -> Outcome:
-    accelerator = make_accelerator(sft)
+    accelerator = make_accelerator()
     if base is None:
         tokenizer_dir = _train_tokenizer(space.path, sft.architecture, data)
         renderer = make_renderer(tokenizer_dir, config.chat)

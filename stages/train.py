@@ -30,7 +30,7 @@ from stages.model.fit import Step, batch_rows, fit, make_accelerator
 from stages.model.load import ModelSource, load_model, resolve_model
 from stages.model.objectives import PairObjective, stored_reference
 from stages.model.optim import count_steps
-from stages.model.pairs import PairForward, pair_tokens
+from stages.model.pairs import PairForward, autocast, pair_tokens
 from stages.model.save import save_model, source_dtype
 from stages.objective.losses import PairLossOptions, pair_losses
 from stages.progress import progress
@@ -101,7 +101,7 @@ def _fill(
             f"{config.train.max_length}); if all were identical, the opponent already answers as "
             "the data does"
         )
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator()
     model = load_model(source.path).to(accelerator.device)
     dtype = source_dtype(model, config.train.weights_dtype)
     objective = PairObjective(
@@ -177,7 +177,7 @@ def _check_start(
     total = 0.0
     for micro in objective.micro_batches(rows):
         stored = [objective.store.row(rows[i]) for i in micro]
-        with torch.inference_mode(), accelerator.autocast():
+        with torch.inference_mode(), autocast(accelerator.device, config.train.precision):
             policy = objective.forward([pair_tokens(row) for row in stored])
         losses_B = pair_losses(policy, stored_reference(stored, policy), options).losses_B
         total += float(losses_B.double().sum())

@@ -31,9 +31,10 @@ WINDOW_BATCHES = 8  # so many batches of requests are sorted by length together
 PREFILL_TOKENS = 4096  # a forward pass; bounds the activations of long prompts
 REFILL_SHARE = 16
 GROWTH = 64  # positions by which the cache grows
-# MKL multiplies fewer rows than this by other kernels, whose last bits differ. Padded up to it, a
-# row has the same log-probabilities in any company: seen on x86 in fp32, not promised.
-SMALLEST_MATRIX = 16
+# Smaller matrices go to other kernels, whose last bits differ. Padded up to these sizes, a row has
+# the same log-probabilities in any company: seen with MKL on x86 in fp32, not promised.
+SMALLEST_MATRIX = 16  # rows, and prefilled positions
+SMALLEST_WIDTH = 32  # cached positions
 SCORE_EXTRAS = ("position_bias", "s_aux", "softcap")  # what some families add to their scores
 
 
@@ -302,7 +303,8 @@ class _Slots:
 
     def _forward(self, used: int) -> Tensor:
         """Return the fp32 logits [S, V] that follow the current token of each slot."""
-        position_S, width = self._position[:used], int(self._length.max())
+        position_S = self._position[:used]
+        width = max(int(self._length.max()), SMALLEST_WIDTH)
         self._cache.begin_decode(width, position_S)
         output = self._model(
             input_ids=self._token[:used, None],

@@ -17,6 +17,7 @@ from stages.config import OptimConfig
 from stages.data.store import epoch_order
 from stages.errors import ConfigError, DivergedError
 from stages.model.optim import count_steps, learning_rate, make_optimizer, steps_an_epoch
+from stages.model.pairs import autocast
 
 
 class Objective(Protocol):
@@ -62,9 +63,13 @@ class Step:
     seconds: float
 
 
-def make_accelerator(config: OptimConfig) -> Accelerator:
-    """Return accelerate's process group and mixed precision, as the recipe asks for."""
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+def make_accelerator() -> Accelerator:
+    """Return accelerate's process group and device.
+
+    Precision stays ours (`pairs.autocast`): accelerate's is one for the whole process, while the
+    stages of a run may differ.
+    """
+    accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise ConfigError(
             f"{accelerator.num_processes} processes: training runs in one process as yet; "
@@ -101,7 +106,7 @@ def fit(
         rate = learning_rate(step, total_steps, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, sums = _accumulate(objective, rows, accelerator)
+        loss, sums = _accumulate(objective, rows, accelerator, config.precision)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         _refuse_non_finite(step, loss, float(norm))
         optimizer.step()
@@ -132,12 +137,12 @@ def batch_rows(step: int, num_rows: int, config: OptimConfig, seed: int) -> list
 
 
 def _accumulate(
-    objective: Objective, rows: Sequence[int], accelerator: Accelerator
+    objective: Objective, rows: Sequence[int], accelerator: Accelerator, precision: str
 ) -> tuple[float, Tensor]:
     loss = torch.zeros((), dtype=torch.float64)
     sums = torch.zeros(len(objective.metric_names), dtype=torch.float64)
     for micro in objective.micro_batches(rows):
-        with accelerator.autocast():
+        with autocast(accelerator.device, precision):
             part, metric_sums = objective.loss([rows[i] for i in micro], rows)
         accelerator.backward(part)
         loss += part.detach().double().cpu()

@@ -59,17 +59,22 @@ def _run_injected(
     return run_command([*_strace(point.call), "-e", inject], script, *arguments)
 
 
-def commit_points(log: Path, script: str, *arguments: object) -> list[Point]:
-    """Run a script unhindered and return all its commit calls; it must succeed."""
-    done = run_command(_strace(",".join(COMMIT_CALLS), log), script, *arguments)
+def traced_calls(log: Path, script: str, *arguments: object) -> list[tuple[str, str]]:
+    """Run a script unhindered; return its commit calls in order, as (name, arguments)."""
+    done = run_command([*_strace(",".join(COMMIT_CALLS), log), "-y"], script, *arguments)
     assert done.returncode == 0, done.stderr
-    calls = re.findall(r"^\d+\s+(\w+)\(", log.read_text(errors="replace"), re.MULTILINE)
-    counts = Counter(call for call in calls if call in COMMIT_CALLS)
+    found = re.findall(r"^\d+\s+(\w+)\((.*)\)", log.read_text(errors="replace"), re.MULTILINE)
+    return [(call, text) for call, text in found if call in COMMIT_CALLS]
+
+
+def commit_points(log: Path, script: str, *arguments: object) -> list[Point]:
+    """Run a script unhindered and return all its commit calls."""
+    counts = Counter(call for call, _ in traced_calls(log, script, *arguments))
     return [Point(call, n) for call in sorted(counts) for n in range(1, counts[call] + 1)]
 
 
 def spread(points: list[Point], most: int) -> list[Point]:
-    """At most `most` of the points: each call's first and last, then evenly."""
+    """At most `most` of the points, at even distances."""
     if len(points) <= most:
         return points
     step = len(points) / most

@@ -1,13 +1,14 @@
 """kill -9 at every system call of a commit, and what a rerun makes of it."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from stages.artifacts import read_manifest
 from stages.errors import InputError
-from tests.artifact_tools import NUM_SHARDS, hashes, make
+from tests.artifact_tools import NUM_SHARDS, hashes, make, plan
 from tests.faults.strace_tools import (
     Point,
     commit_points,
@@ -15,6 +16,7 @@ from tests.faults.strace_tools import (
     run_failing,
     run_killed,
     spread,
+    traced_calls,
 )
 
 SCRIPT = "script_produce.py"
@@ -28,6 +30,35 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Point], dic
     points = commit_points(folder / "strace.log", SCRIPT, folder / "out", folder / "begun")
     assert (folder / "begun").read_text() == "0\n1\n2\n"
     return points, hashes(folder / "out")
+
+
+def test_bytes_are_flushed_before_a_name_and_names_before_the_artifact(tmp_path: Path) -> None:
+    """What a power cut must not undo, and a kill cannot show."""
+    needs_strace()
+    place = tmp_path / "new" / "folders" / "out"
+    partial = place.parent / f".out.{plan().attempt_key[:16]}.partial"
+    calls = traced_calls(tmp_path / "log", SCRIPT, place, tmp_path / "begun")
+    flushed: list[str] = []
+    manifest_at = 0
+    for call, text in calls:
+        if call == "fsync":
+            flushed.append(text.partition("<")[2].removesuffix(">"))
+        elif call.startswith("rename"):
+            old, new = re.findall(r'"([^"]*)"', text)
+            if new == str(place):
+                break
+            assert flushed[-1] == old, f"{old} is renamed before its bytes are on the disk"
+            if new == str(partial / "manifest.json"):
+                manifest_at = len(flushed)
+    before_manifest, after = flushed[:manifest_at], flushed[manifest_at:]
+    for name in hashes(place):
+        assert str(partial / name) in before_manifest, f"{name} is not flushed"
+    assert str(partial / "notes") in before_manifest, "an inner folder is not flushed"
+    # The manifest's own entry, and once more when the notes of the shards are gone.
+    assert after == [str(partial), str(partial)]
+    assert [text for call, text in calls if call == "fsync"][-1].endswith(f"<{place.parent}>")
+    for folder in (tmp_path, tmp_path / "new"):
+        assert str(folder) in before_manifest, f"the entry of a new folder in {folder} is not"
 
 
 def check_rerun(folder: Path, expected: dict[str, str], kills: int = 1) -> None:

@@ -107,7 +107,7 @@ def _our_steps(model_dir: Path, tmp_path: Path, rows: list[Any], mode: Any) -> l
         config=config,
     )
     steps: list[Step] = []
-    fit(model, objective, config, 0, make_accelerator(config), steps.append)
+    fit(model, objective, config, 0, make_accelerator(), steps.append)
     return steps
 
 

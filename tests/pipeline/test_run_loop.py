@@ -6,6 +6,8 @@ The stages are fakes where the subject is the loop; the last tests run the true 
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -220,7 +222,7 @@ class TestAnotherRecipe:
         [
             ("train.beta=0.2", "train.beta: 0.1 there, 0.2 now"),
             ("seed=5", "seed: 0 there, 5 now"),
-            ("sft=null", "sft: absent there, null now"),
+            ("sft=null", "sft: set there, null now"),
             ("sft.epochs=2", "sft.epochs: 1.0 there, 2.0 now"),
         ],
     )
@@ -301,12 +303,14 @@ class TestRefusals:
 class TestByOtherMeans:
     """A shell, make, and processes that are killed."""
 
-    def test_the_commands_of_a_dry_run_do_the_same(self, fakes: None, command: Path) -> None:
+    def test_the_commands_of_a_dry_run_do_the_same(self, fakes: None) -> None:
         run()
         script = run("--dry-run", run="b").stdout
         assert not Path("b").exists()
-        assert all(line.startswith("spin ") for line in script.splitlines())
-        subprocess.run(["bash", "-e", "-c", script], check=True, capture_output=True)
+        for line in script.splitlines():
+            name, *words = shlex.split(line)
+            assert name == "spin"
+            spin(*words)
         assert content("a") == content("b")
         run(run="b")
 
@@ -320,14 +324,20 @@ class TestByOtherMeans:
             "--config recipe.yaml 'name=a b'"
         )
 
-    @pytest.mark.parametrize("policy", ["stop", "champion", "player"])
-    def test_they_do_the_same_after_a_refusal(
-        self, policy: str, fakes: None, command: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("policy", "code"), [("stop", 6), pytest.param("champion", 0, marks=pytest.mark.long)]
+    )
+    def test_a_shell_does_the_same_after_a_refusal(
+        self,
+        policy: str,
+        code: int,
+        fakes: None,
+        command: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         override = f"promote.on_refusal={policy}"
         monkeypatch.setitem(fake_stages.accuracy_by_model, "iterations/000/train", 0.6)
         monkeypatch.setenv("ACCURACY", json.dumps(fake_stages.accuracy_by_model))
-        code = 6 if policy == "stop" else 0
         run(override, expect=code)
         script = run(override, "--dry-run", run="b").stdout
         done = subprocess.run(["bash", "-e", "-c", script], check=False, capture_output=True)
@@ -335,26 +345,43 @@ class TestByOtherMeans:
         assert content("a") == content("b")
 
     def test_make_does_the_same(self, fakes: None, command: Path) -> None:
-        run()
+        run(iterations=1)
         make = ["make", "-f", str(ROOT / "configs/pipeline.mk"), "CONFIG=recipe.yaml", "RUN=b"]
         subprocess.run([*make, "ITERATION=0"], check=True, capture_output=True)
-        assert not Path("b/iterations/001").exists()
-        planned = subprocess.run([*make, "-n", "ITERATION=1"], check=True, capture_output=True,
-                                 text=True).stdout  # fmt: skip
-        assert "iterations/000" not in planned.replace("spin opponent", "")
-        assert planned.count("--out") == 5
+        assert content("a") == content("b")
+        done = subprocess.run([*make, "ITERATION=0"], check=True, capture_output=True, text=True)
+        assert done.stdout == ""
+
+    def test_make_makes_what_is_missing_and_no_more(self, fakes: None, command: Path) -> None:
+        run(iterations=1)
+        shutil.rmtree("a/iterations/000/promote")
+        make = ["make", "-f", str(ROOT / "configs/pipeline.mk"), "CONFIG=recipe.yaml", "RUN=a"]
+        done = subprocess.run([*make, "-n", "ITERATION=1"], check=True, capture_output=True,
+                              text=True)  # fmt: skip
+        lines = done.stdout.splitlines()
+        assert lines[0].startswith("spin promote a --config recipe.yaml --iteration 0")
+        stages = [re.search(r"spin (\w+) --", line) for line in lines[1:6]]
+        assert [s and s[1] for s in stages] == ["generate", "pair", "score", "train", "evaluate"]
+        assert all(
+            line.startswith("model=$(spin opponent a --iteration 1); ") for line in lines[1:6]
+        )
+        assert len(lines) == 8
+
+    @pytest.mark.long
+    def test_make_does_the_same_over_two_iterations(self, fakes: None, command: Path) -> None:
+        run()
+        make = ["make", "-f", str(ROOT / "configs/pipeline.mk"), "CONFIG=recipe.yaml", "RUN=b"]
         subprocess.run([*make, "ITERATION=1"], check=True, capture_output=True)
         assert content("a") == content("b")
-        again = subprocess.run([*make, "ITERATION=1"], check=True, capture_output=True, text=True)
-        assert again.stdout == ""
         run(run="b")
 
     def test_make_stops_at_a_refusal_each_time(
         self, fakes: None, command: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("ACCURACY", json.dumps({"iterations/000/train": 0.6}))
+        monkeypatch.setitem(fake_stages.accuracy_by_model, "iterations/000/train", 0.6)
         make = ["make", "-f", str(ROOT / "configs/pipeline.mk"), "CONFIG=recipe.yaml", "RUN=b"]
-        for iteration in (0, 0, 1):
+        run(iterations=1, run="b", expect=6)
+        for iteration in (0, 1):
             done = subprocess.run(
                 [*make, f"ITERATION={iteration}"], check=False, capture_output=True, text=True
             )
@@ -369,28 +396,24 @@ class TestByOtherMeans:
     def test_a_stopped_run_resumes_to_the_same(
         self, number: signal.Signals, code: int, fakes: None, command: Path
     ) -> None:
-        for stage in ("models/sft", "001/train"):
-            with paused(command, stage) as process:
-                running = json.loads(spin("status", "b", "--json").stdout)
-                assert "iteration" not in running
-                spin("run", "recipe.yaml", "--run", "b", "--iterations", "2", expect=75)
-                if stage == "001/train":
-                    states = running["iterations"][1]["stages"]
-                    assert states["train"]["state"] == "running"
-                process.send_signal(number)
-                _, messages = process.communicate(timeout=25)
-            assert process.returncode == code
-            if number != signal.SIGKILL:
-                assert "what was finished is kept" in messages
-                assert "Traceback" not in messages
-        states = json.loads(spin("status", "b", "--json").stdout)["iterations"][1]["stages"]
-        assert states["train"]["state"] == "partial"
+        with paused(command, "001/train") as process:
+            stages = json.loads(spin("status", "b", "--json").stdout)["iterations"][1]["stages"]
+            assert (stages["score"]["state"], stages["train"]["state"]) == ("done", "running")
+            run(run="b", expect=75)
+            process.send_signal(number)
+            _, messages = process.communicate(timeout=25)
+        assert process.returncode == code
+        if number != signal.SIGKILL:
+            assert "what was finished is kept" in messages
+            assert "Traceback" not in messages
+        stages = json.loads(spin("status", "b", "--json").stdout)["iterations"][1]["stages"]
+        assert stages["train"]["state"] in ("partial", "missing")
         run(run="b")
         run()
         assert content("a") == content("b")
 
 
-class paused:  # noqa: N801 - reads as a verb
+class paused:
     """A `spin run` in a process of its own that waits in one stage."""
 
     def __init__(self, command: Path, stage: str) -> None:
@@ -415,3 +438,41 @@ class paused:  # noqa: N801 - reads as a verb
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+
+
+class TestTrueStages:
+    """A random model of 2 layers, the transformers engine, on the CPU."""
+
+    SETTINGS = """
+    name: tiny
+    prepare: {format: word_sums, word_sums: {num_examples: 24}, heldout_size: 6}
+    generate: {max_new_tokens: 6, shard_rows: 8}
+    reward: {name: gsm8k}
+    pair: {drop_cut_off: false}
+    score: {precision: fp32}
+    train: {max_steps: 2, batch_size: 8, micro_batch_size: 4, precision: fp32,
+            learning_rate: 1e-4, warmup_ratio: 0}
+    evaluate: {max_new_tokens: 6, precision: fp32}
+    promote: {metric: heldout_reward_accuracy, on_refusal: player}
+    """
+
+    @pytest.fixture(autouse=True)
+    def _recipe(self, tiny_model_dir: Path) -> None:
+        import textwrap
+
+        recipe = textwrap.dedent(self.SETTINGS) + f"model: {{path: {tiny_model_dir}}}\n"
+        Path("recipe.yaml").write_text(recipe)
+
+    def test_the_whole_loop_twice_gives_the_same(self) -> None:
+        run()
+        found = json.loads(spin("status", "a", "--json").stdout)
+        assert found["champion"] == "iterations/001/train"
+        for row in found["iterations"]:
+            assert {stage["state"] for stage in row["stages"].values()} == {"done"}
+            for name in ("sampled_accuracy", "greedy_accuracy", "identical_share",
+                         "heldout_reward_accuracy", "heldout_reward_margin"):  # fmt: skip
+                assert isinstance(row["metrics"][name], float)
+        assert spin("verify", "a").stdout == ""
+        assert run().stderr.count("already done") == 2 + 2 * 6
+        run(run="b")
+        assert content("a") == content("b")

@@ -1,0 +1,160 @@
+"""The training loop: what must not change the numbers, and what may only change them a little."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.artifacts import TableWriter
+from stages.config import ScoreConfig, TrainConfig
+from stages.data.rows import SCORED_PAIRS
+from stages.data.store import build_store
+from stages.errors import DivergedError
+from stages.model.fit import Step, fit, make_accelerator
+from stages.model.load import load_model
+from stages.model.objectives import PairObjective
+from stages.model.pairs import PairForward
+from stages.objective.losses import PairLossOptions
+from stages.score import score_rows
+from stages.train import STORED_COLUMNS, TOKEN_COLUMNS
+
+LN_2 = 0.693147
+NUM_PAIRS = 12
+
+
+def train(
+    model_dir: Path, tmp_path: Path, mode: Any = "shared", scale: float = 1.0, **settings: Any
+) -> tuple[list[Step], dict[str, torch.Tensor]]:
+    """Train on random pairs; return the steps and the weights after them."""
+    defaults = {"learning_rate": 1e-3, "batch_size": NUM_PAIRS, "precision": "fp32", "epochs": 3}
+    config = TrainConfig.model_validate({**defaults, **settings})
+    accelerator = make_accelerator()
+    model = load_model(model_dir)
+    forward = PairForward(model, mode, pad_token_id=2)
+    generator = torch.Generator().manual_seed(0)
+    rows = [_row(i, generator) for i in range(NUM_PAIRS)]
+    with torch.no_grad():
+        scored = score_rows(rows, forward, ScoreConfig(precision=config.precision))
+    for row in scored:
+        row["reference_chosen_logprob"] *= scale
+    file = tmp_path / f"{mode}-{len(list(tmp_path.iterdir()))}.parquet"
+    with TableWriter(file, SCORED_PAIRS) as table:
+        table.extend(scored)
+    store, _ = build_store(
+        [file],
+        SCORED_PAIRS,
+        STORED_COLUMNS,
+        file.with_suffix(".scratch"),
+        token_columns=TOKEN_COLUMNS,
+        keep=lambda lengths: True,
+    )
+    options = PairLossOptions(config.loss, config.beta, 0.0, False, False, config.nll_weight)
+    objective = PairObjective(store, forward, options, config, config.control)
+    steps: list[Step] = []
+    fit(model, objective, config, 0, accelerator, steps.append)
+    return steps, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _row(index: int, generator: torch.Generator) -> dict[str, Any]:
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 250, (length,), generator=generator).tolist()
+
+    return {
+        "prompt_id": f"{index:032x}",
+        "pair_index": 0,
+        "prompt_token_ids": tokens(2, 12),
+        "chosen_token_ids": [*tokens(1, 12), 1],
+        "rejected_token_ids": [*tokens(1, 12), 1],
+        "chosen": "",
+        "rejected": "",
+        "chosen_source": "human",
+        "rejected_source": "sample 0",
+        "chosen_reward": None,
+        "rejected_reward": None,
+        "win_probability": None,
+    }
+
+
+def assert_same(
+    one: tuple[list[Step], dict[str, torch.Tensor]],
+    other: tuple[list[Step], dict[str, torch.Tensor]],
+) -> None:
+    for a, b in zip(one[0], other[0], strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
+        for name in a.metrics.keys() - {"accuracy"}:  # before any update all are ties
+            assert a.metrics[name] == pytest.approx(b.metrics[name], rel=1e-3, abs=1e-4)
+    assert one[0][-1].metrics["accuracy"] == other[0][-1].metrics["accuracy"]
+    for name, weights in one[1].items():
+        torch.testing.assert_close(weights, other[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("shared", {"token_budget": 40}),
+        ("packed", {"token_budget": 64}),
+        ("padded", {"micro_batch_size": 1}),
+        ("padded", {"micro_batch_size": 5}),
+        ("single", {"micro_batch_size": 4}),
+    ],
+)
+def test_the_update_does_not_depend_on_how_a_batch_is_split(
+    tiny_model_dir: Path, tmp_path: Path, mode: Any, settings: Any
+) -> None:
+    whole = train(tiny_model_dir, tmp_path, "shared", token_budget=100_000)
+    assert_same(train(tiny_model_dir, tmp_path, mode, **settings), whole)
+
+
+@pytest.mark.parametrize("mode", ["shared", "padded"])
+def test_gradient_checkpointing_changes_nothing(
+    tiny_model_dir: Path, tmp_path: Path, mode: Any
+) -> None:
+    plain = train(tiny_model_dir, tmp_path, mode)
+    assert_same(train(tiny_model_dir, tmp_path, mode, gradient_checkpointing=True), plain)
+
+
+@pytest.mark.parametrize("mode", ["shared", "padded"])
+def test_bf16_begins_at_ln_2_and_learns_as_fp32_does(
+    tiny_model_dir: Path, tmp_path: Path, mode: Any
+) -> None:
+    full, _ = train(tiny_model_dir, tmp_path, mode)
+    half, weights = train(tiny_model_dir, tmp_path, mode, precision="bf16")
+    assert half[0].loss == pytest.approx(LN_2, abs=2e-2)
+    assert half[-1].loss == pytest.approx(full[-1].loss, abs=2e-2)
+    assert all(w.dtype == torch.float32 for w in weights.values())
+
+
+def test_twice_the_same_is_bit_for_bit_the_same(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one, two = (train(tiny_model_dir, tmp_path) for _ in range(2))
+    assert [s.loss for s in one[0]] == [s.loss for s in two[0]]
+    assert all(torch.equal(w, two[1][name]) for name, w in one[1].items())
+
+
+def test_rmsprop_learns(tiny_model_dir: Path, tmp_path: Path) -> None:
+    steps, _ = train(
+        tiny_model_dir, tmp_path, optimizer="rmsprop", betas=(0.9, 0.99), warmup_ratio=0
+    )
+    assert steps[0].loss == pytest.approx(LN_2, abs=1e-5)
+    assert steps[-1].loss < steps[0].loss
+
+
+def test_the_first_step_of_a_warmup_changes_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    steps, _ = train(tiny_model_dir, tmp_path, warmup_steps=1, max_steps=2)
+    assert steps[0].learning_rate == 0
+    assert steps[1].loss == steps[0].loss
+
+
+def test_clipping_bounds_the_update_not_the_report(tiny_model_dir: Path, tmp_path: Path) -> None:
+    free, _ = train(tiny_model_dir, tmp_path, max_grad_norm=1e9)
+    clipped, _ = train(tiny_model_dir, tmp_path, max_grad_norm=1e-3)
+    assert free[0].grad_norm == clipped[0].grad_norm > 1e-3
+
+
+def test_a_nan_in_the_reference_stops_before_the_update(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DivergedError, match="step 0: the loss is nan; stopped before the update"):
+        train(tiny_model_dir, tmp_path, scale=float("nan"))
