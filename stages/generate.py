@@ -18,6 +18,7 @@ from stages.artifacts import (
     Plan,
     TableWriter,
     Workspace,
+    count_rows,
     open_artifact,
     produce,
     read_rows,
@@ -125,7 +126,7 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
     generate = work.config.generate
     rendered = space.path / "rendered.scratch.parquet"
     longest, dropped = _render(space, rendered, work)
-    prompts = sum(1 for _ in read_rows([rendered], RENDERED, columns=["prompt_id"]))
+    prompts = count_rows([rendered])
     if not prompts:
         raise InputError(
             f"{work.data.path}: none of its training prompts can be asked "

@@ -33,8 +33,8 @@ REFILL_SHARE = 16
 GROWTH = 64  # positions by which the cache grows
 # Smaller matrices go to other kernels, whose last bits differ. Padded up to these sizes, a row has
 # the same log-probabilities in any company: seen with MKL on x86 in fp32, not promised.
-SMALLEST_MATRIX = 16  # rows, and prefilled positions
-SMALLEST_WIDTH = 32  # cached positions
+SMALLEST_MATRIX = 16  # rows
+WIDTH_STEP = 16  # cached positions come in multiples of it, and are never less than two
 SCORE_EXTRAS = ("position_bias", "s_aux", "softcap")  # what some families add to their scores
 
 
@@ -277,7 +277,7 @@ class _Slots:
     def _padded(self, length: int) -> int:
         """Return `length` rounded up: to `SMALLEST_MATRIX`, and to a quarter at most."""
         step = max(SMALLEST_MATRIX, 1 << max(0, (length - 1).bit_length() - 3))
-        return min(-(-length // step) * step, self._reach.max_model_len)
+        return min(_round_up(length, step), self._reach.max_model_len)
 
     def _prefill_group(
         self, prompts: list[tuple[int, ...]], targets: list[list[int]], width: int
@@ -304,7 +304,7 @@ class _Slots:
     def _forward(self, used: int) -> Tensor:
         """Return the fp32 logits [S, V] that follow the current token of each slot."""
         position_S = self._position[:used]
-        width = max(int(self._length.max()), SMALLEST_WIDTH)
+        width = _round_up(max(int(self._length.max()), WIDTH_STEP + 1), WIDTH_STEP)
         self._cache.begin_decode(width, position_S)
         output = self._model(
             input_ids=self._token[:used, None],
@@ -418,6 +418,10 @@ class _Reach:
         return {"full_attention": everything, "sliding_attention": near} if self.mixed else near
 
 
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -math.inf)
 
@@ -486,7 +490,7 @@ class _SlotCache(Cache):
         old = held.get(layer)
         if old is not None and old.shape[2] >= self._width:
             return old
-        length = -(-self._width // GROWTH) * GROWTH
+        length = _round_up(self._width, GROWTH)
         # Zeros: what a mask hides must be finite, since 0 times infinity is not 0.
         grown = new.new_zeros(self._num_slots, new.shape[1], length, new.shape[3])
         if old is not None:

@@ -115,6 +115,10 @@ class VllmEngine:
             "logprobs_mode": "raw_logprobs",
             "disable_log_stats": True,
         }
+        if on_cpu:
+            # A prompt in pieces rewinds the generator of its request, which a CPU's cannot do:
+            # vLLM dies of "CPU Generator does not use offset".
+            arguments["enable_chunked_prefill"] = False
         if max_num_seqs is not None:
             arguments["max_num_seqs"] = max_num_seqs
         if taken := sorted(arguments.keys() & extra.keys()):
@@ -272,7 +276,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
-                start_new_session=True,  # Ctrl-C is ours, and its own workers end with it
+                process_group=0,  # Ctrl-C is ours, and its own workers end with it
             )
         # A process that reads no more, alive or not, must not stop us in the middle of sending.
         wait = struct.pack("ll", STALL_TIMEOUT_S, 0)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -458,8 +459,6 @@ class TestTrueStages:
 
     @pytest.fixture(autouse=True)
     def _recipe(self, tiny_model_dir: Path) -> None:
-        import textwrap
-
         recipe = textwrap.dedent(self.SETTINGS) + f"model: {{path: {tiny_model_dir}}}\n"
         Path("recipe.yaml").write_text(recipe)
 
@@ -476,3 +475,47 @@ class TestTrueStages:
         assert run().stderr.count("already done") == 2 + 2 * 6
         run(run="b")
         assert content("a") == content("b")
+
+    def test_a_ranked_game_from_a_random_start(self) -> None:
+        sft = "sft={init: random, max_steps: 2, batch_size: 8, precision: fp32}"
+        settings = [
+            sft,
+            "sft.architecture={num_layers: 1, hidden_size: 32, intermediate_size: 64}",
+            "chat.template=plain",
+            "pair={game: ranked, tie_policy: first, drop_cut_off: false}",
+            "generate.num_samples=2",
+        ]
+        run(*settings, iterations=1)
+        pairs = read_manifest(Path("a/iterations/000/pair"))
+        assert pairs.inputs["rewards"].path == "iterations/000/reward"
+        assert read_manifest(Path("a/iterations/000/train")).inputs["model"].path == "models/sft"
+
+    @pytest.mark.parametrize(
+        "seen",
+        [
+            "iterations/000/score",
+            pytest.param("data", marks=pytest.mark.long),
+            pytest.param("iterations/000/.train.lock", marks=pytest.mark.long),
+            pytest.param("iterations/000/promote", marks=pytest.mark.long),
+            pytest.param("iterations/001/generate", marks=pytest.mark.long),
+        ],
+    )
+    def test_a_killed_run_ends_in_the_same_metrics(self, seen: str) -> None:
+        words = ["run", "recipe.yaml", "--run", "b", "--iterations", "2"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "spin_cli", *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 200
+        while not (Path("b") / seen).exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert json.loads(spin("status", "b", "--json").stdout)["iterations"] is not None
+        run(run="b")
+        run()
+        assert content("a") == content("b")
+        assert spin("verify", "b").stdout == ""

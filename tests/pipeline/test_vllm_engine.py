@@ -59,7 +59,8 @@ def open_engine(model_dir: Path) -> VllmEngine:
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=MAX_NUM_SEQS,
-        extra={"kv_cache_memory_bytes": 64 << 20},
+        # No room for two long prompts at once: on a CPU, vLLM dies of a prompt in two pieces.
+        extra={"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": MAX_MODEL_LEN},
     )
 
 
@@ -86,7 +87,9 @@ def engine(engines: list[VllmEngine], model_dir: Path) -> VllmEngine:
 def prompts(count: int) -> list[Request]:
     return [
         Request(
-            f"row-{i}", [1, *((7 * i + 3 * j) % VOCAB for j in range(1 + i % 11))], 2**63 - 1 - i
+            f"row-{i}",
+            [1, *((7 * i + 3 * j) % VOCAB for j in range(1 + 13 * i % 90))],
+            2**63 - 1 - i,
         )
         for i in range(count)
     ]

@@ -15,7 +15,7 @@ import pytest
 
 from stages.artifacts import Outcome, Workspace, open_artifact, produce, read_manifest, run_root
 from stages.artifacts.files import files_below, inner_path, make_folder, write_durably, writing
-from stages.artifacts.produce import first_difference, git_state
+from stages.artifacts.produce import first_difference
 from stages.errors import ConfigError, CorruptError, DivergedError, NoSpaceError, SpinError
 from tests.artifact_tools import fill_shards, hashes, input_ref, make, plan, write_table
 
@@ -415,17 +415,7 @@ def test_run_root_is_the_nearest_folder_with_a_run_record(tmp_path: Path) -> Non
     assert run_root(tmp_path / "iterations" / "000" / "pair") == tmp_path / "iterations"
 
 
-def test_git_state_is_that_of_the_checkout_with_this_code(tmp_path: Path, monkeypatch) -> None:
-    git_state.cache_clear()
-    expected = git_state()
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    git_state.cache_clear()
-    assert git_state() == expected
-    git_state.cache_clear()
-
-
-def test_git_state_of_code_that_the_checkout_does_not_track(tmp_path: Path) -> None:
+def test_git_state_of_code_that_the_checkout_does_not_track(tmp_path: Path, monkeypatch) -> None:
     """A virtual environment in another project must not pass for that project's commit."""
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
@@ -439,6 +429,9 @@ def test_git_state_of_code_that_the_checkout_does_not_track(tmp_path: Path) -> N
     assert state.stdout.strip() == "{'commit': None, 'dirty': None}"
     subprocess.run([*git, "add", "stages"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "y"], check=True)
+    elsewhere = tmp_path / "elsewhere"
+    subprocess.run(["git", "init", "-q", str(elsewhere)], check=True)
+    monkeypatch.setenv("GIT_DIR", str(elsewhere / ".git"))  # as a git hook sets it
     (tmp_path / "stages" / "errors.py").open("a").write("# changed\n")
     state = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from spin_cli import recipes, screen, views
 from spin_cli.app import app
-from spin_cli.failures import TerminatedError, reported
+from spin_cli.failures import BUG, INTERRUPTED, TERMINATED, TerminatedError, reported
 from stages import errors
 from stages.artifacts import locks
 from stages.layout import RunLayout
@@ -190,7 +190,7 @@ class TestExitCodes:
     def test_out_of_memory_names_what_to_lower(
         self, error: Exception, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert "train.micro_batch_size" in one_line(self.failing(error, monkeypatch, 1).stderr)
+        assert "token_budget" in one_line(self.failing(error, monkeypatch, 1).stderr)
 
     def test_an_interrupt_says_what_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
         text = one_line(self.failing(KeyboardInterrupt(), monkeypatch, 130).stderr)
@@ -418,3 +418,11 @@ def test_a_closed_pipe_is_no_bug() -> None:
         ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "Traceback" not in done.stderr
+
+
+def test_every_exit_code_is_documented() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    codes = {kind.exit_code for kind in kinds if issubclass(kind, errors.SpinError)}
+    text = (ROOT / "docs/exit-codes.md").read_text()
+    rows = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+    assert rows == codes | {0, BUG, INTERRUPTED, TERMINATED}
