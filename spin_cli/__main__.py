@@ -1,6 +1,8 @@
 """Entry point of the console script `spin` and of `python -m spin_cli`."""
 
+import io
 import signal
+import sys
 from types import FrameType
 
 from spin_cli.app import app
@@ -10,6 +12,8 @@ from spin_cli.failures import TerminatedError
 def main() -> None:
     """Run the command line; the process ends with the command's exit code."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
     app(prog_name="spin")
 
 

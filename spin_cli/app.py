@@ -397,7 +397,7 @@ def run_(
 
     words = [*(overrides or []), *(["train.control=true"] if control else [])]
     chosen = _recipe(recipe, words)
-    layout = RunLayout(run.with_name(f"{run.name}-control") if control else run)
+    layout = RunLayout(_control_arm(run) if control else run)
     if dry_run:
         no_check = ["--no-verify"] if no_verify else []
         for line in commands(layout, chosen, iterations, ["--config", recipe, *words], no_check):
@@ -411,6 +411,11 @@ def run_(
             put_iterations(layout.root)
             raise
         put_iterations(layout.root)
+
+
+def _control_arm(run: Path) -> Path:
+    run = run if run.name not in ("", "..") else run.resolve()
+    return run.with_name(f"{run.name}-control")
 
 
 @app.command(epilog=_example("spin init runs/a --config demo"))

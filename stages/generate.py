@@ -1,14 +1,15 @@
 """generate: the opponent answers every prompt; one row a sample, in shards that survive a kill."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-from transformers import AutoConfig
+import numpy as np
+import pyarrow.compute as pc
 
 from stages import engines
 from stages.artifacts import (
@@ -18,9 +19,9 @@ from stages.artifacts import (
     Plan,
     TableWriter,
     Workspace,
-    count_rows,
     open_artifact,
     produce,
+    read_batches,
     read_rows,
     run_root,
 )
@@ -31,11 +32,12 @@ from stages.data.chat import Renderer, RowRefusedError, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
 from stages.engines.base import Completion, Engine, Request, Sampling
-from stages.errors import InputError
+from stages.errors import CorruptError, InputError
 from stages.model.load import ModelSource, resolve_model
-from stages.progress import Progress, progress
+from stages.progress import progress
 
 FORMAT_VERSION = 1
+NO_LIMIT = 1 << 30  # positions, for models that have no limit
 
 OpenEngine = Callable[..., Engine]
 
@@ -59,6 +61,13 @@ def run(
     open_engine: OpenEngine = engines.open_engine,
 ) -> Manifest:
     """Write the samples of every training prompt; prompts that cannot be asked are quarantined.
+
+    Shards of one attempt are the restart unit: those that are finished when it ends, however it
+    ends, are not made again.
+
+    Returns:
+        Its manifest; `counts` has prompts (those asked), rows, empty, finish_stop, finish_length,
+        and dropped_REASON for every reason.
 
     Raises:
         InputError: inputs are missing, or no prompt can be asked.
@@ -85,6 +94,8 @@ def run(
 
 @dataclass(frozen=True)
 class _Work:
+    """What was opened, and what decides the rows."""
+
     config: RunConfig
     iteration: int
     data: Artifact
@@ -94,111 +105,119 @@ class _Work:
 
 
 @dataclass
+class _Rendered:
+    """The prompts that are asked, as tokens in a scratch file."""
+
+    path: Path
+    num_prompts: int = 0
+    longest: int = 0
+    """Tokens of the longest prompt."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Number of prompts that are not asked, by reason."""
+
+
+@dataclass
 class _Shard:
-    """A shard whose rows are being answered."""
+    """Rows of one file: complete but for their answers, and how many of these are missing."""
 
     name: str
     ids_hash: str
     rows: list[Row]
-    """Rows of GENERATIONS, to be completed by their answers."""
-    missing: int = 0
-
-
-@dataclass
-class _Totals:
-    rows: int = 0
-    tokens: int = 0
-    finish: Counter[str] = field(default_factory=Counter)
-    empty: int = 0
-    response_tokens: int = 0
-    logprob: float = 0.0
-
-    def add(self, row: Row) -> None:
-        self.rows += 1
-        self.tokens += len(row["prompt_token_ids"]) + len(row["response_token_ids"])
-        self.response_tokens += len(row["response_token_ids"])
-        self.finish[row["finish_reason"]] += 1
-        self.empty += not row["response"].strip()
-        self.logprob += sum(row["token_logprobs"])
+    missing: int
 
 
 def _fill(space: Workspace, work: _Work) -> Outcome:
     generate = work.config.generate
-    rendered = space.path / "rendered.scratch.parquet"
-    longest, dropped = _render(space, rendered, work)
-    prompts = count_rows([rendered])
-    if not prompts:
-        raise InputError(
-            f"{work.data.path}: none of its training prompts can be asked "
-            f"({_reasons(dropped) or 'it has none'}); run prepare with other settings"
-        )
-    max_model_len = generate.engine.max_model_len or longest + generate.max_new_tokens
-    totals = _Totals()
-    with progress("generate", total=prompts * generate.num_samples, unit="rows") as bar:
-        open_shards = list(_unfinished_shards(space, rendered, work, totals, bar))
-        if open_shards:
-            _answer(space, rendered, work, open_shards, max_model_len, totals, bar)
-    rendered.unlink()
+    with TemporaryDirectory(prefix="spill-", dir=space.path) as spill:
+        rendered = _render(space, Path(spill, "rendered.parquet"), work)
+        max_model_len = generate.engine.max_model_len or rendered.longest + generate.max_new_tokens
+        names, finished = [], dict[str, int]()
+        for shard in _shards(rendered, work):
+            names.append(shard.name)
+            if space.shards.done(shard.name, shard.ids_hash):
+                finished[shard.name] = len(shard.rows)
+        if len(finished) < len(names):
+            _answer(space, rendered, work, finished, max_model_len)
+    counts, metrics, tokens = _summary([space.path / name for name in names])
+    dropped = {f"dropped_{reason}": n for reason, n in sorted(rendered.dropped.items())}
     return Outcome(
-        counts={
-            "prompts": prompts,
-            "rows": totals.rows,
-            "empty": totals.empty,
-            **{f"finish_{reason}": n for reason, n in sorted(totals.finish.items())},
-            **{f"dropped_{reason}": n for reason, n in sorted(dropped.items())},
-        },
-        metrics={
-            "mean_response_tokens": totals.response_tokens / totals.rows,
-            "cut_off_share": totals.finish["length"] / totals.rows,
-            "mean_token_logprob": totals.logprob / max(1, totals.response_tokens),
-        },
+        counts={"prompts": rendered.num_prompts, **counts, **dropped},
+        metrics=metrics,
         info={
             "engine": generate.engine.name,
-            "longest_prompt": longest,
+            "longest_prompt": rendered.longest,
             "max_model_len": max_model_len,
         },
-        tokens=totals.tokens,
+        tokens=tokens,
     )
 
 
-def _render(space: Workspace, rendered: Path, work: _Work) -> tuple[int, Counter[str]]:
-    """Write every prompt's tokens, and what was quarantined.
+def _render(space: Workspace, scratch: Path, work: _Work) -> _Rendered:
+    """Write the tokens of every prompt that can be asked, and the others with their reasons.
 
-    Returns:
-        The longest prompt in tokens, and the quarantined prompts by reason.
+    Raises:
+        InputError: none can be asked.
     """
-    limit = _prompt_limit(work)
-    drawn = _drawn(work)
-    longest, dropped = 0, Counter[str]()
+    limit, drawn = _prompt_limit(work), _drawn(work)
+    rendered = _Rendered(scratch)
     with (
-        TableWriter(rendered, RENDERED) as table,
+        TableWriter(scratch, RENDERED) as table,
         TableWriter(space.file("dropped.parquet"), DROPPED) as left_out,
     ):
-        for row in read_rows(work.data.files("train-"), PROMPTS):
-            if drawn is not None and row["prompt_id"] not in drawn:
+        for row in _train_rows(work.data):
+            prompt_id = row["prompt_id"]
+            if drawn is not None and prompt_id not in drawn:
                 continue
             try:
                 tokens = _prompt_tokens(row, work.renderer, limit)
             except RowRefusedError as error:
-                dropped[error.reason] += 1
+                rendered.dropped[error.reason] += 1
                 left_out.append(
-                    {
-                        "prompt_id": row["prompt_id"],
-                        "reason": error.reason,
-                        "detail": error.detail,
-                    }
+                    {"prompt_id": prompt_id, "reason": error.reason, "detail": error.detail}
                 )
                 continue
-            longest = max(longest, len(tokens))
-            table.append({"prompt_id": row["prompt_id"], "prompt_token_ids": tokens})
-    return longest, dropped
+            rendered.num_prompts += 1
+            rendered.longest = max(rendered.longest, len(tokens))
+            table.append({"prompt_id": prompt_id, "prompt_token_ids": tokens})
+    if not rendered.num_prompts:
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(rendered.dropped.items()))
+        raise InputError(
+            f"{work.data.path}: none of its training prompts can be asked "
+            f"({reasons or 'it has none'}); mend the data or the chat and length settings"
+        )
+    return rendered
+
+
+def _train_rows(data: Artifact) -> Iterator[Row]:
+    """Stream the training rows.
+
+    Raises:
+        CorruptError: their ids do not rise, so that rows could not be joined by id later.
+    """
+    last = ""
+    for row in read_rows(data.files("train-"), PROMPTS):
+        if row["prompt_id"] <= last:
+            raise CorruptError(
+                f"{data.path} is not sorted by prompt_id ({row['prompt_id']} follows {last}); "
+                f"delete {data.path} and run prepare again"
+            )
+        last = row["prompt_id"]
+        yield row
 
 
 def _prompt_tokens(row: Row, renderer: Renderer, limit: int) -> list[int]:
-    """Return a prompt's tokens, or refuse the row."""
-    if not row["messages"]:
-        raise RowRefusedError("empty_prompt", "it has no message")
-    tokens = renderer.prompt_tokens(row["messages"])
+    """Return a prompt's tokens.
+
+    Raises:
+        RowRefusedError: it cannot be asked.
+    """
+    messages = row["messages"]
+    if not messages or not messages[-1]["content"].strip():
+        raise RowRefusedError("empty_prompt", "only white space in its last message")
+    try:
+        tokens = renderer.prompt_tokens(messages)
+    except (TypeError, ValueError, OverflowError) as error:  # seen on hostile text
+        raise RowRefusedError("tokenizer_error", " ".join(str(error).split())[:200]) from error
     if not tokens:
         raise RowRefusedError("empty_prompt", "it renders to no token")
     if len(tokens) > limit:
@@ -207,123 +226,124 @@ def _prompt_tokens(row: Row, renderer: Renderer, limit: int) -> list[int]:
 
 
 def _prompt_limit(work: _Work) -> int:
-    """Return the most tokens a prompt may have so that a whole answer still fits."""
+    """Return the most tokens a prompt may have so that a whole answer still fits.
+
+    Raises:
+        InputError: there is no room for a prompt at all.
+    """
+    from transformers import AutoConfig
+
     generate = work.config.generate
-    config = AutoConfig.from_pretrained(work.model.path, trust_remote_code=False)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    limit = min(positions, generate.engine.max_model_len or positions) - generate.max_new_tokens
-    if limit < 1:
+    config = AutoConfig.from_pretrained(
+        work.model.path, trust_remote_code=False, local_files_only=True
+    ).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    room = min(positions, generate.engine.max_model_len or positions)
+    if room <= generate.max_new_tokens:
         raise InputError(
             f"generate.max_new_tokens={generate.max_new_tokens} leaves no room for a prompt: "
-            f"{work.model.path} has {positions} positions; lower it"
+            f"{work.model.path.name} is run with {room} positions; lower it"
         )
-    return int(limit)
+    return int(room - generate.max_new_tokens)
 
 
 def _drawn(work: _Work) -> set[str] | None:
     """Return the prompt ids that are asked in this iteration, or None for all."""
-    if work.config.generate.max_prompts is None:
+    max_prompts = work.config.generate.max_prompts
+    if max_prompts is None:
         return None
-    ids = read_rows(work.data.files("train-"), PROMPTS, columns=["prompt_id"])
+    rows = read_rows(work.data.files("train-"), PROMPTS, columns=["prompt_id"])
     salt = f"generate/{work.config.seed}/{work.iteration}"
-    return smallest_by_hash(
-        (row["prompt_id"] for row in ids), work.config.generate.max_prompts, salt
-    )
+    return smallest_by_hash((row["prompt_id"] for row in rows), max_prompts, salt)
 
 
-def _shards(rendered: Path, work: _Work) -> Iterator[_Shard]:
+def _shards(rendered: _Rendered, work: _Work) -> Iterator[_Shard]:
     """Yield all shards in order, with rows that wait for their answers."""
     rows = _waiting_rows(rendered, work)
     for number in count():
         part = list(islice(rows, work.config.generate.shard_rows))
         if not part:
             return
-        ids = "\n".join(f"{r['prompt_id']}/{r['sample_index']}/{r['seed']}" for r in part)
+        ids = "\n".join(_request_id(row) for row in part)
         yield _Shard(f"part-{number:05d}.parquet", sha256_text(ids), part, len(part))
 
 
-def _waiting_rows(rendered: Path, work: _Work) -> Iterator[Row]:
-    for prompt in read_rows([rendered], RENDERED):
-        for sample_index in range(work.config.generate.num_samples):
+def _waiting_rows(rendered: _Rendered, work: _Work) -> Iterator[Row]:
+    seed, iteration = work.config.seed, work.iteration
+    for prompt in read_rows([rendered.path], RENDERED):
+        for index in range(work.config.generate.num_samples):
             yield {
                 **prompt,
-                "sample_index": sample_index,
-                "seed": row_seed(
-                    work.config.seed, work.iteration, prompt["prompt_id"], sample_index
-                ),
+                "sample_index": index,
+                "seed": row_seed(seed, iteration, prompt["prompt_id"], index),
             }
 
 
-def _unfinished_shards(
-    space: Workspace, rendered: Path, work: _Work, totals: _Totals, bar: Progress
-) -> Iterator[str]:
-    """Yield the names of the shards to be made; count those that an earlier attempt finished."""
-    for shard in _shards(rendered, work):
-        if not space.shards.done(shard.name, shard.ids_hash):
-            yield shard.name
-            continue
-        for row in read_rows([space.path / shard.name], GENERATIONS):
-            totals.add(row)
-        bar.advance(len(shard.rows))
+def _request_id(row: Row) -> str:
+    return f"{row['prompt_id']}/{row['sample_index']}"
 
 
 def _answer(
     space: Workspace,
-    rendered: Path,
+    rendered: _Rendered,
     work: _Work,
-    names: Sequence[str],
+    finished: Mapping[str, int],
     max_model_len: int,
-    totals: _Totals,
-    bar: Progress,
 ) -> None:
-    """Answer the rows of some shards; one engine is fed across them, each is closed when full."""
+    """Answer the rows of all unfinished shards; each is written when its last answer is there.
+
+    One engine is fed across shards, so that none has to wait for another's longest answer.
+    """
     generate = work.config.generate
-    wanted = set(names)
-    in_flight: dict[str, tuple[_Shard, int]] = {}
+    in_flight: dict[str, tuple[_Shard, Row]] = {}
 
     def requests() -> Iterator[Request]:
         for shard in _shards(rendered, work):
-            if shard.name not in wanted:
+            if shard.name in finished:
                 continue
-            for index, row in enumerate(shard.rows):
-                request_id = f"{row['prompt_id']}/{row['sample_index']}"
-                in_flight[request_id] = (shard, index)
-                yield Request(request_id, row["prompt_token_ids"], row["seed"])
+            for row in shard.rows:
+                in_flight[_request_id(row)] = shard, row
+                yield Request(_request_id(row), row["prompt_token_ids"], row["seed"])
 
-    sampling = Sampling(
-        temperature=generate.temperature,
-        top_p=generate.top_p,
-        top_k=generate.top_k,
-        max_new_tokens=generate.max_new_tokens,
-        stop_token_ids=work.renderer.stop_token_ids,
-    )
     engine = work.open_engine(
         generate.engine,
         work.model.path,
         max_model_len=max_model_len,
         pad_token_id=work.renderer.pad_token_id,
     )
+    total = rendered.num_prompts * generate.num_samples
     try:
-        for done in engine.generate(requests(), sampling):
-            shard, index = in_flight.pop(done.request_id)
-            shard.rows[index] |= _answer_columns(done, work.renderer)
-            totals.add(shard.rows[index])
-            shard.missing -= 1
-            bar.advance(1, len(done.token_ids))
-            if not shard.missing:
-                write = partial(_write, rows=shard.rows)
-                space.shards.write(shard.name, shard.ids_hash, write)
+        with progress("generate", total=total, unit="rows", done=sum(finished.values())) as bar:
+            for answer in engine.generate(requests(), _sampling(work)):
+                shard, row = in_flight.pop(answer.request_id)
+                row |= _answer_columns(answer, work.renderer)
+                shard.missing -= 1
+                if not shard.missing:
+                    write = partial(_write, rows=shard.rows)
+                    space.shards.write(shard.name, shard.ids_hash, write)
+                bar.advance(1, len(answer.token_ids))
     finally:
         engine.close()
     assert not in_flight, f"{len(in_flight)} requests were not answered"
 
 
-def _answer_columns(done: Completion, renderer: Renderer) -> dict[str, Any]:
+def _sampling(work: _Work) -> Sampling:
+    generate = work.config.generate
+    return Sampling(
+        temperature=generate.temperature,
+        top_p=generate.top_p,
+        top_k=generate.top_k,
+        max_new_tokens=generate.max_new_tokens,
+        stop_token_ids=work.renderer.stop_token_ids,
+    )
+
+
+def _answer_columns(answer: Completion, renderer: Renderer) -> Row:
     return {
-        "response_token_ids": done.token_ids,
-        "response": renderer.text(done.token_ids),
-        "finish_reason": done.finish_reason,
-        "token_logprobs": done.token_logprobs,
+        "response_token_ids": answer.token_ids,
+        "response": renderer.text(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "token_logprobs": answer.token_logprobs,
     }
 
 
@@ -332,5 +352,30 @@ def _write(path: Path, rows: list[Row]) -> None:
         table.extend(rows)
 
 
-def _reasons(dropped: Counter[str]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
+def _summary(shards: Sequence[Path]) -> tuple[dict[str, int], dict[str, float], int]:
+    """Return counts, metrics and tokens, read off the shards in order.
+
+    Not added up as answers come: sums would differ in their last bits after a resume.
+    """
+    finish = Counter[str](stop=0, length=0)
+    rows = empty = prompt_tokens = response_tokens = 0
+    logprob = 0.0
+    columns = [
+        "prompt_token_ids", "response_token_ids", "response", "finish_reason", "token_logprobs",
+    ]  # fmt: skip
+    for batch in read_batches(shards, GENERATIONS, columns=columns):
+        rows += batch.num_rows
+        prompt_tokens += len(batch["prompt_token_ids"].flatten())
+        response_tokens += len(batch["response_token_ids"].flatten())
+        empty += pc.sum(pc.equal(pc.utf8_trim_whitespace(batch["response"]), "")).as_py()
+        finish.update(batch["finish_reason"].to_pylist())
+        logprob += batch["token_logprobs"].flatten().to_numpy().sum(dtype=np.float64)
+    return (
+        {"rows": rows, "empty": empty, **{f"finish_{why}": n for why, n in finish.items()}},
+        {
+            "mean_response_tokens": response_tokens / rows,
+            "cut_off_share": finish["length"] / rows,
+            "mean_token_logprob": float(logprob) / response_tokens,
+        },
+        prompt_tokens + response_tokens,
+    )

@@ -29,7 +29,7 @@ from stages.model.load import best_device, load_model
 ATTENTION = "spin_slots"
 WINDOW_BATCHES = 8  # so many batches of requests are sorted by length together
 PREFILL_TOKENS = 4096  # a forward pass; bounds the activations of long prompts
-REFILL_SHARE = 16
+REFILL_SHARE = 16  # a prefill waits until one in so many slots is free
 GROWTH = 64  # positions by which the cache grows
 # Smaller matrices go to other kernels, whose last bits differ. Padded up to these sizes, a row has
 # the same log-probabilities in any company: seen with MKL on x86 in fp32, not promised.

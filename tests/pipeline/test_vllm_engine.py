@@ -223,7 +223,7 @@ def test_requests_are_pulled_as_others_finish(engine: VllmEngine) -> None:
 def test_a_call_left_early_takes_its_requests_back(engine: VllmEngine) -> None:
     requests = prompts(40)
     expected = by_id(engine.generate(requests, DRAWN))
-    left = engine.generate(requests, Sampling(1, 1, 0, 100, ()))
+    left = engine.generate(requests, Sampling(1, 1, 0, 36, ()))
     next(left)
     left.close()
     assert by_id(engine.generate(requests, DRAWN)) == expected

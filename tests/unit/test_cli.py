@@ -412,6 +412,23 @@ def test_version_names_spin_first() -> None:
     assert any(line.startswith("python 3.") for line in lines)
 
 
+def test_a_terminal_without_unicode_is_no_bug(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "spin_cli", "config", "show", "name=β"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1:strict"},
+    )  # fmt: skip
+    assert "name: \\u03b2  # override" in done.stdout
+
+
+def test_the_control_arm_of_the_folder_one_is_in() -> None:
+    Path("mine.yaml").write_text("sft: {init: random}")
+    Path("here").mkdir()
+    os.chdir("here")
+    line = spin("run", "../mine.yaml", "--run", ".", "--control", "--dry-run").stdout.split("\n")[0]
+    assert "/here-control --config ../mine.yaml train.control=true" in line
+
+
 def test_a_closed_pipe_is_no_bug() -> None:
     script = f"{sys.executable} -m spin_cli config show | head -1"
     done = subprocess.run(

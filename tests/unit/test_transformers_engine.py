@@ -202,7 +202,7 @@ def test_broken_weights_are_reported(tiny_model_dir: Path, tmp_path: Path) -> No
 def test_sliding_windows_equal_the_library(tmp_path: Path, kinds: str) -> None:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6,
         "max_position_embeddings": 64,

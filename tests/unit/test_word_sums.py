@@ -70,7 +70,9 @@ def test_a_stream_has_enough_distinct_prompts_for_every_split() -> None:
 
 def test_equal_arguments_give_equal_examples_whatever_the_platform() -> None:
     text = "\n".join(f"{e.prompt}|{e.response}|{e.answer}" for e in word_sums(1_000, "mixed", 0))
-    assert hashlib.sha256(text.encode()).hexdigest() == "PINNED"
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "af32e4652aad1f57a878b1eaa33be93a2e45de40205de16a0eb1489a4086f201"
+    )
     assert list(word_sums(20, "mixed", seed=0)) != list(word_sums(20, "mixed", seed=1))
 
 

@@ -1,0 +1,49 @@
+"""An engine that answers at once, the same answer to a seed on every machine."""
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stages.engines.base import Completion, Engine, Request, Sampling
+
+WINDOW = 700  # requests that are answered in another order than they came
+
+
+class FakeEngine:
+    """Answers with tokens and log-probabilities made of the seed; every fifth is cut off."""
+
+    def __init__(self, kill_after: int | None = None) -> None:
+        self._kill_after = kill_after
+        self.answered = 0
+        self.most_held = 0
+        self.closed = False
+
+    def open(self, config: Any, model_dir: Path, **limits: int) -> Engine:
+        """Stand in for `open_engine`."""
+        self.limits = limits
+        return self
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        source = iter(requests)
+        while window := list(islice(source, WINDOW)):
+            for request in reversed(window):
+                if self.answered == self._kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.answered += 1
+                yield answer(request, sampling)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def answer(request: Request, sampling: Sampling) -> Completion:
+    cut_off = request.seed % 5 == 0
+    length = sampling.max_new_tokens if cut_off else 1 + request.seed % sampling.max_new_tokens
+    tokens = [10 + (request.seed >> i) % 200 for i in range(length)]
+    if not cut_off:
+        tokens[-1] = sampling.stop_token_ids[0]
+    logprobs = [-1.0 - token / 256 for token in tokens]
+    return Completion(request.request_id, tokens, logprobs, "length" if cut_off else "stop")
