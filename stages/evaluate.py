@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stages import engines
 from stages.artifacts import (
     Artifact,
@@ -25,14 +23,13 @@ from stages.artifacts import (
 from stages.artifacts.keys import row_seed
 from stages.artifacts.tables import Row
 from stages.config import EvaluateConfig, RunConfig
-from stages.data.chat import Renderer, RowRefusedError, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import EXAMPLES, PROMPTS
+from stages.data.tokens import PairTokens
 from stages.engines.base import Completion, Engine, Request, Sampling
 from stages.errors import InputError
-from stages.model.attention import PairTokens
-from stages.model.load import ModelSource, best_device, load_model, resolve_model
-from stages.model.pairs import PairForward, autocast
+from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
 from stages.rewards import Reward, open_reward
 
@@ -88,7 +85,6 @@ def run(
     data = open_artifact(inputs.data, stages=("prepare",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
-    renderer = make_renderer(model.path, config.chat)
     refs = {"data": data.input_ref(root), "model": model.ref}
     opponent = None
     if inputs.opponent is not None:
@@ -108,10 +104,14 @@ def run(
             "chat": config.chat.identity(),
         },
         inputs=refs,
-        fingerprints={"chat": renderer.fingerprint},
+        fingerprints={"chat": chat_fingerprint(model.path, config.chat)},
     )
-    work = _Work(config, data, model, renderer, open_engine)
-    return produce(out, plan, lambda space: _fill(space, work, opponent))
+
+    def fill(space: Workspace) -> Outcome:
+        renderer = make_renderer(model.verified(), config.chat)
+        return _fill(space, _Work(config, data, model, renderer, open_engine), opponent)
+
+    return produce(out, plan, fill)
 
 
 @dataclass(frozen=True)
@@ -323,17 +323,9 @@ def _logprobs(
     source: ModelSource, renderer: Renderer, pairs: Sequence[PairTokens], config: EvaluateConfig
 ) -> list[tuple[float, float]]:
     """Return (human, opponent's sample) log-probabilities of every pair under one model."""
-    model = load_model(source.path).to(best_device())
-    forward = PairForward(model, config.attention, renderer.pad_token_id)
-    found = [(0.0, 0.0)] * len(pairs)
-    for group in forward.micro_batches(pairs, config.token_budget, config.micro_batch_size):
-        with torch.inference_mode(), autocast(model.device, config.precision):
-            out = forward([pairs[i] for i in group])
-        for i, human, other in zip(
-            group, out.chosen_B.tolist(), out.rejected_B.tolist(), strict=True
-        ):
-            found[i] = (human, other)
-    return found
+    from stages.model.scoring import Scorer
+
+    return Scorer(source.verified(), config, renderer.pad_token_id).logprobs(pairs)
 
 
 def _open_opponent_evaluation(

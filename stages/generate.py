@@ -28,12 +28,12 @@ from stages.artifacts import (
 from stages.artifacts.keys import row_seed, sha256_text
 from stages.artifacts.tables import Row
 from stages.config import RunConfig
-from stages.data.chat import Renderer, RowRefusedError, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
 from stages.engines.base import Completion, Engine, Request, Sampling
 from stages.errors import CorruptError, InputError
-from stages.model.load import ModelSource, resolve_model
+from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
 
 FORMAT_VERSION = 1
@@ -75,7 +75,6 @@ def run(
     data = open_artifact(inputs.data, stages=("prepare",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
-    renderer = make_renderer(model.path, config.chat)
     plan = Plan(
         stage="generate",
         format_version=FORMAT_VERSION,
@@ -86,10 +85,14 @@ def run(
             "chat": config.chat.identity(),
         },
         inputs={"data": data.input_ref(root), "model": model.ref},
-        fingerprints={"chat": renderer.fingerprint},
+        fingerprints={"chat": chat_fingerprint(model.path, config.chat)},
     )
-    work = _Work(config, inputs.iteration, data, model, renderer, open_engine)
-    return produce(out, plan, lambda space: _fill(space, work), resumable=True)
+
+    def fill(space: Workspace) -> Outcome:
+        renderer = make_renderer(model.verified(), config.chat)
+        return _fill(space, _Work(config, inputs.iteration, data, model, renderer, open_engine))
+
+    return produce(out, plan, fill, resumable=True)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from stages.artifacts import (
 )
 from stages.artifacts.tables import Row
 from stages.config import PairConfig, RunConfig
-from stages.data.chat import Renderer, RowRefusedError, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_renderer
 from stages.data.join import grouped, inner_join
 from stages.data.rows import DROPPED, GENERATIONS, PAIRS, PROMPTS, REWARDS
 from stages.errors import ConfigError, InputError
-from stages.model.load import resolve_model
+from stages.model.source import resolve_model
 
 FORMAT_VERSION = 1
 
@@ -72,7 +72,7 @@ def run(config: RunConfig, inputs: PairInputs, out: Path) -> Manifest:
     generations = open_artifact(inputs.generations, stages=("generate",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
-    renderer = make_renderer(model.path, config.chat)
+    fingerprint = chat_fingerprint(model.path, config.chat)
     _check_belong(generations, "data", data.manifest.key)
     refs = {
         "data": data.input_ref(root),
@@ -85,7 +85,7 @@ def run(config: RunConfig, inputs: PairInputs, out: Path) -> Manifest:
         rewards = open_artifact(inputs.rewards, stages=("reward",), verify=config.verify)
         _check_belong(rewards, "generations", generations.manifest.key)
         refs["rewards"] = rewards.input_ref(root)
-    if generations.manifest.fingerprints["chat"] != renderer.fingerprint:
+    if generations.manifest.fingerprints["chat"] != fingerprint:
         raise InputError(
             f"{generations.path} was generated with another tokenizer or chat template than "
             f"{inputs.model} with this recipe has; use the same model and chat settings"
@@ -95,11 +95,14 @@ def run(config: RunConfig, inputs: PairInputs, out: Path) -> Manifest:
         format_version=FORMAT_VERSION,
         config={"pair": config.pair.identity()},
         inputs=refs,
-        fingerprints={"chat": renderer.fingerprint},
+        fingerprints={"chat": fingerprint},
     )
-    return produce(
-        out, plan, lambda space: _fill(space, config.pair, renderer, data, generations, rewards)
-    )
+
+    def fill(space: Workspace) -> Outcome:
+        renderer = make_renderer(model.verified(), config.chat)
+        return _fill(space, config.pair, renderer, data, generations, rewards)
+
+    return produce(out, plan, fill)
 
 
 def _fill(

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from stages.artifacts import (
     Artifact,
@@ -22,11 +19,12 @@ from stages.artifacts import (
     run_root,
 )
 from stages.artifacts.keys import sha256_text
-from stages.config import RunConfig, ScoreConfig
+from stages.artifacts.tables import Row
+from stages.config import RunConfig
 from stages.data.chat import make_renderer
 from stages.data.rows import PAIRS, SCORED_PAIRS
-from stages.model.load import ModelSource, best_device, load_model, resolve_model
-from stages.model.pairs import PairForward, autocast, pair_tokens
+from stages.data.tokens import pair_tokens
+from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
 
 FORMAT_VERSION = 1
@@ -61,42 +59,33 @@ def run(config: RunConfig, inputs: ScoreInputs, out: Path) -> Manifest:
 
 
 def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSource) -> Outcome:
-    model = load_model(source.path).to(best_device())
+    from stages.model.scoring import Scorer
+
     pad_token_id = make_renderer(source.path, config.chat).pad_token_id
-    forward = PairForward(model, config.score.attention, pad_token_id)
+    scorer = Scorer(source.verified(), config.score, pad_token_id)
     total, tokens = pairs.manifest.counts["pairs"], 0
     with progress("score", total=total, unit="pairs") as bar:
         for name, rows in _shards(pairs, config.score.shard_rows):
             ids_hash = sha256_text("\n".join(f"{r['prompt_id']}/{r['pair_index']}" for r in rows))
             if not space.shards.done(name, ids_hash):
-                scored = score_rows(rows, forward, config.score)
+                logprobs = scorer.logprobs([pair_tokens(row) for row in rows])
+                scored = with_reference(rows, logprobs)
                 space.shards.write(name, ids_hash, partial(_write, rows=scored))
             shard_tokens = sum(_row_tokens(row) for row in rows)
             tokens += shard_tokens
             bar.advance(len(rows), shard_tokens)
-    return Outcome(counts={"pairs": total}, info={"attention": forward.mode}, tokens=tokens)
+    return Outcome(counts={"pairs": total}, info={"attention": scorer.mode}, tokens=tokens)
 
 
-def score_rows(
-    rows: list[dict[str, Any]], forward: PairForward, config: ScoreConfig
-) -> list[dict[str, Any]]:
-    """Return rows of PAIRS as rows of SCORED_PAIRS, in their order."""
-    pairs = [pair_tokens(row) for row in rows]
-    scored: list[dict[str, Any]] = [{}] * len(rows)
-    for group in forward.micro_batches(pairs, config.token_budget, config.micro_batch_size):
-        with torch.inference_mode(), autocast(forward.model.device, config.precision):
-            logprobs = forward([pairs[i] for i in group])
-        columns = zip(group, logprobs.chosen_B.tolist(), logprobs.rejected_B.tolist(), strict=True)
-        for i, chosen, rejected in columns:
-            scored[i] = {
-                **rows[i],
-                "reference_chosen_logprob": chosen,
-                "reference_rejected_logprob": rejected,
-            }
-    return scored
+def with_reference(rows: list[Row], logprobs: list[tuple[float, float]]) -> list[Row]:
+    """Return rows of PAIRS as rows of SCORED_PAIRS, with (chosen, rejected) log-probabilities."""
+    return [
+        {**row, "reference_chosen_logprob": chosen, "reference_rejected_logprob": rejected}
+        for row, (chosen, rejected) in zip(rows, logprobs, strict=True)
+    ]
 
 
-def _shards(pairs: Artifact, shard_rows: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _shards(pairs: Artifact, shard_rows: int) -> Iterator[tuple[str, list[Row]]]:
     rows = read_rows(pairs.files("part-"), PAIRS)
     for number in count():
         shard = list(islice(rows, shard_rows))
@@ -105,11 +94,11 @@ def _shards(pairs: Artifact, shard_rows: int) -> Iterator[tuple[str, list[dict[s
         yield f"part-{number:05d}.parquet", shard
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, rows: list[Row]) -> None:
     with TableWriter(path, SCORED_PAIRS) as table:
         table.extend(rows)
 
 
-def _row_tokens(row: dict[str, Any]) -> int:
+def _row_tokens(row: Row) -> int:
     columns = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
     return sum(len(row[name]) for name in columns)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.artifacts import (
     Artifact,
@@ -17,6 +17,7 @@ from stages.artifacts import (
     read_rows,
     run_root,
 )
+from stages.artifacts.tables import Row
 from stages.config import ArchitectureConfig, RunConfig, SftConfig
 from stages.data.chat import Renderer, RowRefusedError, make_renderer
 from stages.data.draw import smallest_by_hash
@@ -24,15 +25,12 @@ from stages.data.rows import PROMPTS, SFT_METRICS, SUPERVISED
 from stages.data.store import build_store
 from stages.data.timings import TimingsWriter
 from stages.errors import ConfigError, InputError
-from stages.model.fit import Step, fit, make_accelerator
-from stages.model.load import ModelSource, load_model, resolve_model
-from stages.model.objectives import SupervisedObjective
-from stages.model.optim import count_steps
-from stages.model.pairs import PairForward
-from stages.model.random_init import make_random_model
-from stages.model.save import save_model, source_dtype
-from stages.model.tokenizer import train_tokenizer
+from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
+
+if TYPE_CHECKING:  # torch is loaded only when there is something to train
+    from stages.model.fit import Step
+    from stages.model.learner import Learner
 
 FORMAT_VERSION = 1
 TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
@@ -84,18 +82,11 @@ def run(config: RunConfig, inputs: SftInputs, out: Path) -> Manifest:
 def _fill(
     space: Workspace, config: RunConfig, sft: SftConfig, data: Artifact, base: ModelSource | None
 ) -> Outcome:
-    accelerator = make_accelerator()
-    if base is None:
-        tokenizer_dir = _train_tokenizer(space.path, sft.architecture, data)
-        renderer = make_renderer(tokenizer_dir, config.chat)
-        model = make_random_model(sft.architecture, renderer, config.seed)
-    else:
-        tokenizer_dir = base.path
-        renderer = make_renderer(tokenizer_dir, config.chat)
-        model = load_model(base.path)
-    model.to(accelerator.device)
-    dtype = source_dtype(model, sft.weights_dtype)
+    from stages.model.learner import open_student
 
+    base_dir = base.verified() if base else None
+    tokenizer_dir = base_dir or _train_tokenizer(space.path, sft.architecture, data)
+    renderer = make_renderer(tokenizer_dir, config.chat)
     rows_file, scratch = space.path / "rows.parquet", space.path / "rows.scratch"
     refused = _render(rows_file, renderer, data, sft.max_examples)
     store, too_long = build_store(
@@ -112,46 +103,34 @@ def _fill(
             f"{data.path} leaves no row to train on ({too_long} longer than sft.max_length="
             f"{sft.max_length}, {refused} refused); raise sft.max_length or mend the data"
         )
-    objective = SupervisedObjective(
-        store, PairForward(model, sft.attention, renderer.pad_token_id), sft
-    )
-    last_loss = _train(space, objective, model, sft, config.seed, accelerator)
-    save_model(model, space.path, tokenizer_dir, renderer.template, dtype)
+    student = open_student(base_dir, store, sft, config.seed, renderer)
+    last_loss = _train(space, student)
+    student.save(space.path, tokenizer_dir)
     scratch.unlink()
     return Outcome(
         counts={
             "rows": len(store),
             "dropped_too_long": too_long,
             "dropped_refused": refused,
-            "steps": count_steps(len(store), sft),
+            "steps": student.total_steps,
         },
         metrics={"last_loss": last_loss},
-        info={
-            "attention": objective.forward.mode,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        },
+        info={"attention": student.mode, "parameters": student.num_parameters},
         tokens=int(store.lengths_N.sum()),
         volatile=frozenset({"timings.parquet"}),
     )
 
 
-def _train(
-    space: Workspace,
-    objective: SupervisedObjective,
-    model: Any,
-    sft: SftConfig,
-    seed: int,
-    accelerator: Any,
-) -> float:
-    total = count_steps(objective.num_rows, sft)
+def _train(space: Workspace, student: "Learner") -> float:
+    """Take all steps, metrics written as they come; return the loss over the last tenth."""
     losses: list[float] = []
     with (
         TableWriter(space.file("metrics.parquet"), SFT_METRICS) as table,
         TimingsWriter(space.file("timings.parquet")) as timings,
-        progress("sft", total=total, unit="steps") as bar,
+        progress("sft", total=student.total_steps, unit="steps") as bar,
     ):
 
-        def on_step(step: Step) -> None:
+        def on_step(step: "Step") -> None:
             table.append(
                 {
                     "step": step.step,
@@ -164,12 +143,12 @@ def _train(
                 }
             )
             timings.add(step.step, step.seconds, step.tokens)
-            bar.advance(1, step.tokens)
             bar.note(f"loss {step.loss:.4f}")
+            bar.advance(1, step.tokens)
             losses.append(step.loss)
-            del losses[: -max(1, total // 10)]
+            del losses[: -max(1, student.total_steps // 10)]
 
-        fit(model, objective, sft, seed, accelerator, on_step)
+        student.train(on_step)
     return sum(losses) / len(losses)
 
 
@@ -209,9 +188,11 @@ def _train_tokenizer(folder: Path, architecture: ArchitectureConfig, data: Artif
             yield from (m["content"] for m in row["messages"])
             yield row["response"]
 
+    from stages.model.tokenizer import train_tokenizer
+
     train_tokenizer(texts(), architecture.vocab_size).save_pretrained(folder)
     return folder
 
 
-def _prompts(data: Artifact) -> Iterator[dict[str, Any]]:
+def _prompts(data: Artifact) -> Iterator[Row]:
     return read_rows(data.files("train-"), PROMPTS)

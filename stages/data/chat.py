@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.keys import canonical_json, sha256_text
+from stages.artifacts.keys import canonical_json, sha256_file, sha256_text
 from stages.config import ChatConfig
 from stages.errors import ConfigError, InputError
 
@@ -50,7 +50,7 @@ class Renderer:
     response_lead: str
     """Text that the template puts between the generation prompt and the response's own text."""
     fingerprint: str
-    """Hash of tokenizer, template and chat settings."""
+    """See `chat_fingerprint`."""
     _special: re.Pattern[str]
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
@@ -119,6 +119,29 @@ class Renderer:
             raise RowRefusedError("special_token", f"{found.group()!r} stands in the text")
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def chat_fingerprint(model_dir: Path, chat: ChatConfig) -> str:
+    """Return a hash of all that decides how text becomes tokens; loads no tokenizer.
+
+    It covers the tokenizer's files, the generation config (for its stop tokens), and the chat
+    settings.
+    """
+    names = (*TOKENIZER_FILES, "generation_config.json")
+    files = {n: sha256_file(model_dir / n) for n in names if (model_dir / n).is_file()}
+    return sha256_text(canonical_json([files, chat.identity()]))
+
+
 def make_renderer(model_dir: Path, chat: ChatConfig) -> Renderer:
     """Return the renderer for a model folder's tokenizer.
 
@@ -133,7 +156,6 @@ def make_renderer(model_dir: Path, chat: ChatConfig) -> Renderer:
     end_token_id = _end_token(tokenizer, tail, model_dir)
     stop_token_ids = tuple(sorted({end_token_id, *_eos_of_model(model_dir, tokenizer)}))
     pad = tokenizer.pad_token_id
-    settings = [template, chat.system, chat.prompt_suffix, stop_token_ids, end_token_id]
     return Renderer(
         tokenizer=tokenizer,
         template=template,
@@ -143,7 +165,7 @@ def make_renderer(model_dir: Path, chat: ChatConfig) -> Renderer:
         end_token_id=end_token_id,
         pad_token_id=end_token_id if pad is None else pad,
         response_lead=lead,
-        fingerprint=sha256_text(canonical_json([_tokenizer_text(tokenizer), settings])),
+        fingerprint=chat_fingerprint(model_dir, chat),
         _special=_special_pattern(tokenizer),
     )
 
@@ -228,13 +250,6 @@ def _eos_of_model(model_dir: Path, tokenizer: Any) -> set[int]:
         eos = GenerationConfig.from_pretrained(model_dir, local_files_only=True).eos_token_id
         found |= set(eos) if isinstance(eos, list) else {eos} - {None}
     return {int(i) for i in found}
-
-
-def _tokenizer_text(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return str(backend.to_str())
-    return canonical_json(sorted(tokenizer.get_vocab().items()))
 
 
 def _special_pattern(tokenizer: Any) -> re.Pattern[str]:

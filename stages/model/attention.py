@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from stages.data.tokens import PairTokens
+
 ATTENTION_NAME = "spin_shared"
 
 CAUSAL_BLOCK = 256
@@ -50,14 +52,6 @@ SUPPORTED_FAMILIES = frozenset(
     }
 )
 """Values of `config.model_type` for which tests/parity/test_shared_prompts.py shows equality."""
-
-
-class PairTokens(NamedTuple):
-    """Token ids of one pair; every response ends in its EOS, unless it was cut off."""
-
-    prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
 
 
 class Segment(NamedTuple):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from stages.config import ForwardConfig
 from stages.data.store import RowStore
-from stages.model.pairs import PairForward, pair_tokens
+from stages.data.tokens import pair_tokens
+from stages.model.pairs import PairForward
 from stages.objective.losses import PairLogprobs, PairLossOptions, pair_losses
 
 PAIR_METRICS = (

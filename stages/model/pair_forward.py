@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from stages.model.attention import ATTENTION_NAME, PairLayout, PairTokens
+from stages.data.tokens import PairTokens
+from stages.model.attention import ATTENTION_NAME, PairLayout
 from stages.objective.logprobs import chunked_logprobs, logprobs_from_logits
 from stages.objective.losses import PairLogprobs
 
@@ -47,14 +48,14 @@ def pair_logprobs_shared(
             f"a layout with shared prompts needs attention {ATTENTION_NAME}, not "
             f"{model.config._attn_implementation}; call model.set_attn_implementation"
         )
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder: nn.Module = model.get_decoder()
     hidden_TD = decoder(
         input_ids=layout.input_ids_T.unsqueeze(0),
         position_ids=layout.position_ids_T.unsqueeze(0),
         use_cache=False,
         **kwargs,
     ).last_hidden_state.squeeze(0)
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear), f"the head of {type(model).__name__} is {type(head)}"
     logprobs_N = chunked_logprobs(
         hidden_TD.index_select(0, layout.predictor_N),

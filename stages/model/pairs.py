@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from stages.data.packing import pack
+from stages.data.tokens import PairTokens
 from stages.model.attention import (
     ATTENTION_NAME,
-    PairTokens,
     build_layout,
     supports_shared,
 )
@@ -72,11 +72,6 @@ class PairForward:
     def _cost(self, pair: PairTokens) -> int:
         prompts = 1 if self.mode == "shared" or not len(pair.rejected) else 2
         return prompts * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-
-
-def pair_tokens(row: dict[str, Any]) -> PairTokens:
-    """Return a stored row's token ids."""
-    return PairTokens(row["prompt_token_ids"], row["chosen_token_ids"], row["rejected_token_ids"])
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -7,16 +7,8 @@ from typing import Any
 import torch
 from transformers.utils import logging as library_logging
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+from stages.data.chat import TOKENIZER_FILES
+
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

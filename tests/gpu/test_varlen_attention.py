@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.data.tokens import PairTokens
 from stages.model import attention
-from stages.model.attention import PairTokens, build_layout, dense_attention, shared_attention
+from stages.model.attention import build_layout, dense_attention, shared_attention
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,13 +10,15 @@ from stages.artifacts import TableWriter
 from stages.config import ScoreConfig, TrainConfig
 from stages.data.rows import SCORED_PAIRS
 from stages.data.store import build_store
+from stages.data.tokens import pair_tokens
 from stages.errors import DivergedError
 from stages.model.fit import Step, fit, make_accelerator
 from stages.model.load import load_model
 from stages.model.objectives import PairObjective
 from stages.model.pairs import PairForward
+from stages.model.scoring import score_pairs
 from stages.objective.losses import PairLossOptions
-from stages.score import score_rows
+from stages.score import with_reference
 from stages.train import STORED_COLUMNS, TOKEN_COLUMNS
 
 LN_2 = 0.693147
@@ -34,8 +36,10 @@ def train(
     forward = PairForward(model, mode, pad_token_id=2)
     generator = torch.Generator().manual_seed(0)
     rows = [_row(i, generator) for i in range(NUM_PAIRS)]
-    with torch.no_grad():
-        scored = score_rows(rows, forward, ScoreConfig(precision=config.precision))
+    logprobs = score_pairs(
+        forward, [pair_tokens(row) for row in rows], ScoreConfig(precision=config.precision)
+    )
+    scored = with_reference(rows, logprobs)
     for row in scored:
         row["reference_chosen_logprob"] *= scale
     file = tmp_path / f"{mode}-{len(list(tmp_path.iterdir()))}.parquet"

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from stages.data.tokens import PairTokens
 from stages.model import attention
 from stages.model.attention import (
     ATTENTION_NAME,
     SUPPORTED_FAMILIES,
-    PairTokens,
     attention_implementation,
     build_layout,
     dense_attention,

@@ -4,18 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from stages.artifacts import TableWriter
 from stages.config import ScoreConfig, TrainConfig
 from stages.data.rows import SCORED_PAIRS
 from stages.data.store import RowStore, build_store
+from stages.data.tokens import pair_tokens
 from stages.model.fit import Step, fit, make_accelerator
 from stages.model.load import load_model
 from stages.model.objectives import PairObjective
 from stages.model.pairs import PairForward
+from stages.model.scoring import score_pairs
 from stages.objective.losses import PairLossOptions
-from stages.score import score_rows
+from stages.score import with_reference
 from stages.train import STORED_COLUMNS, TOKEN_COLUMNS
 
 trl = pytest.importorskip("trl", reason="needs the dev extra (trl)")
@@ -123,8 +124,10 @@ def _store(rows: list[Any], forward: PairForward, tmp_path: Path) -> RowStore:
         "win_probability": None,
     }
     full = [{"prompt_id": f"{i:032x}", **blank, **row} for i, row in enumerate(rows)]
-    with torch.no_grad():
-        scored = score_rows(full, forward, ScoreConfig(precision="fp32"))
+    logprobs = score_pairs(
+        forward, [pair_tokens(row) for row in full], ScoreConfig(precision="fp32")
+    )
+    scored = with_reference(full, logprobs)
     with TableWriter(tmp_path / "pairs.parquet", SCORED_PAIRS) as table:
         table.extend(scored)
     store, _ = build_store(

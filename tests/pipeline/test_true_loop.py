@@ -1,7 +1,10 @@
 """The whole loop with real stages and the transformers engine, on a model of a few weights."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from spin_cli.app import app
 from stages.artifacts import read_manifest
 from tests.tiny_loop import RECIPE, hashes
 
+ROOT = Path(__file__).parents[2]
 MODEL_STAGES = ("models/sft", "iterations/000/train", "iterations/001/train")
 
 
@@ -86,6 +90,26 @@ def test_verify_holds_and_a_second_run_does_nothing(played: Path) -> None:
     again = spin("run", played.parent / "tiny.yaml", "--run", played, "--iterations", "2")
     assert "already done" in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in played.rglob("manifest.json")}
+
+
+def test_a_finished_run_says_so_within_2_s_and_loads_no_torch(played: Path) -> None:
+    code = (
+        "import sys; from spin_cli.app import app; "
+        "app(sys.argv[1:], standalone_mode=False); "
+        "print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    )
+    words = ["run", played.parent / "tiny.yaml", "--run", played, "--iterations", "2"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr.strip().endswith("False False")
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 2
 
 
 def test_models_open_in_transformers_and_keep_their_template(played: Path) -> None:
