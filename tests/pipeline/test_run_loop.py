@@ -414,6 +414,11 @@ class TestByOtherMeans:
         assert content("a") == content("b")
 
 
+def _heed_interrupts() -> None:
+    """A shell that starts tests in the background makes them ignore SIGINT; this one must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class paused:
     """A `spin run` in a process of its own that waits in one stage."""
 
@@ -426,6 +431,7 @@ class paused:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_interrupts,  # noqa: PLW1509 - the test has no threads
         )
 
     def __enter__(self) -> "subprocess.Popen[str]":
