@@ -104,7 +104,7 @@ def open_player(
     )
     return Learner(
         load_model(model_dir),
-        lambda forward: PairObjective(store, forward, options, config, config.control),
+        lambda forward: PairObjective(store, forward, config, options, config.control),
         config,
         seed,
         renderer,

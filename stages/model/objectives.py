@@ -24,23 +24,16 @@ PAIR_METRICS = (
 
 
 @dataclass
-class PairObjective:
-    """The DPO-style loss on pairs whose reference log-probabilities are stored columns.
-
-    `control` minimises the chosen responses' mean negative log-likelihood a token instead: the
-    control arm, on the same rows and with the same metrics.
-    """
+class _RowObjective:
+    """What objectives on the rows of a store have in common; see `fit.Objective`."""
 
     store: RowStore
     forward: PairForward
-    options: PairLossOptions
     config: ForwardConfig
-    control: bool = False
-    metric_names: tuple[str, ...] = PAIR_METRICS
 
     @property
     def num_rows(self) -> int:
-        """Number of pairs."""
+        """Number of rows in the training set."""
         return len(self.store)
 
     def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
@@ -54,17 +47,30 @@ class PairObjective:
         """See `fit.Objective`."""
         return int(self.store.lengths_N[list(rows)].sum())
 
+    def chosen_nll(self, policy: PairLogprobs, batch: Sequence[int]) -> Tensor:
+        """Return this part of the batch's mean negative log-likelihood a chosen token."""
+        batch_tokens = sum(len(self.store.row(i)["chosen_token_ids"]) for i in batch)
+        return -policy.chosen_B.sum() / batch_tokens
+
+
+@dataclass
+class PairObjective(_RowObjective):
+    """The DPO-style loss on pairs whose reference log-probabilities are stored columns.
+
+    `control` minimises the chosen responses' mean negative log-likelihood a token instead: the
+    control arm, on the same rows and with the same metrics.
+    """
+
+    options: PairLossOptions
+    control: bool = False
+    metric_names: tuple[str, ...] = PAIR_METRICS
+
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See `fit.Objective`; the batch's loss is the mean over its pairs."""
         stored = [self.store.row(i) for i in rows]
         policy = self.forward([pair_tokens(row) for row in stored])
         reference = stored_reference(stored, policy)
         out = pair_losses(policy, reference, self.options, _win_probabilities(stored, policy))
-        if self.control:
-            batch_tokens = sum(len(self.store.row(i)["chosen_token_ids"]) for i in batch)
-            loss = -policy.chosen_B.sum() / batch_tokens
-        else:
-            loss = out.losses_B.sum() / len(batch)
         metrics = (
             out.accuracies_B,
             out.margins_B,
@@ -73,39 +79,20 @@ class PairObjective:
             policy.chosen_B,
             policy.rejected_B,
         )
+        loss = self.chosen_nll(policy, batch) if self.control else out.losses_B.sum() / len(batch)
         return loss, torch.stack([m.detach().sum() for m in metrics])
 
 
 @dataclass
-class SupervisedObjective:
+class SupervisedObjective(_RowObjective):
     """Mean negative log-likelihood a response token, over the batch."""
 
-    store: RowStore
-    forward: PairForward
-    config: ForwardConfig
     metric_names: tuple[str, ...] = ()
-
-    @property
-    def num_rows(self) -> int:
-        """Number of prompts with their response."""
-        return len(self.store)
-
-    def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """See `fit.Objective`."""
-        pairs = [pair_tokens(self.store.row(i)) for i in rows]
-        return self.forward.micro_batches(
-            pairs, self.config.token_budget, self.config.micro_batch_size
-        )
-
-    def tokens(self, rows: Sequence[int]) -> int:
-        """See `fit.Objective`."""
-        return int(self.store.lengths_N[list(rows)].sum())
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See `fit.Objective`."""
         policy = self.forward([pair_tokens(self.store.row(i)) for i in rows])
-        batch_tokens = sum(len(self.store.row(i)["chosen_token_ids"]) for i in batch)
-        return -policy.chosen_B.sum() / batch_tokens, torch.zeros(0)
+        return self.chosen_nll(policy, batch), torch.zeros(0)
 
 
 def stored_reference(rows: Sequence[dict[str, Any]], like: PairLogprobs) -> PairLogprobs:

@@ -54,7 +54,7 @@ def train(
         keep=lambda lengths: True,
     )
     options = PairLossOptions(config.loss, config.beta, 0.0, False, False, config.nll_weight)
-    objective = PairObjective(store, forward, options, config, config.control)
+    objective = PairObjective(store, forward, config, options, config.control)
     steps: list[Step] = []
     fit(model, objective, config, 0, accelerator, steps.append)
     return steps, {name: p.detach().clone() for name, p in model.named_parameters()}
