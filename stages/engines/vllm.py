@@ -384,7 +384,8 @@ class _Process:
             )
         if phase == "start":
             raise ConfigError(
-                f"engine vllm did not start: {error}; correct the engine's settings ({where})"
+                f"engine vllm did not start: {error}; correct the engine's settings, of which "
+                f"extra.kv_cache_memory_bytes is the one for memory on a CPU ({where})"
             )
         raise EngineError(f"engine vllm failed: {error} ({where})")
 
