@@ -32,7 +32,8 @@ PREFILL_TOKENS = 4096  # a forward pass; bounds the activations of long prompts
 REFILL_SHARE = 16  # a prefill waits until one in so many slots is free
 GROWTH = 64  # positions by which the cache grows
 # Smaller matrices go to other kernels, whose last bits differ. Padded up to these sizes, a row has
-# the same log-probabilities in any company: seen with MKL on x86 in fp32, not promised.
+# the same log-probabilities in any company: seen with MKL on x86, in fp32 and up to 190 positions,
+# not promised. Beyond, the last bits can differ, and rarely a token with them.
 SMALLEST_MATRIX = 16  # rows
 WIDTH_STEP = 16  # cached positions come in multiples of it, and are never less than two
 SCORE_EXTRAS = ("position_bias", "s_aux", "softcap")  # what some families add to their scores
