@@ -28,6 +28,7 @@ from stages.data.draw import smallest_by_hash
 from stages.data.rows import EXAMPLES, PROMPTS
 from stages.data.tokens import PairTokens
 from stages.engines.base import Completion, Engine, Request, Sampling
+from stages.engines.prompts import askable_tokens, model_room
 from stages.errors import InputError
 from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
@@ -192,7 +193,10 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _render(work: _Work) -> tuple[list[Example], int]:
-    """Render the held-out prompts; return them, and how many the renderer refused."""
+    """Render the held-out prompts; return them, and how many cannot be asked or do not fit."""
+    config = work.config.evaluate
+    limit = _engine(work.config).max_model_len
+    room = model_room(work.model.path, limit, config.max_new_tokens)
     drawn = None
     if work.config.evaluate.max_prompts is not None:
         ids = (row["prompt_id"] for row in _heldout(work.data))
@@ -202,9 +206,12 @@ def _render(work: _Work) -> tuple[list[Example], int]:
         if drawn is not None and row["prompt_id"] not in drawn:
             continue
         try:
-            prompt = work.renderer.prompt_tokens(row["messages"])
+            prompt = askable_tokens(row["messages"], work.renderer, room - config.max_new_tokens)
             human = work.renderer.response_tokens(row["response"])
         except RowRefusedError:
+            refused += 1
+            continue
+        if len(prompt) + len(human) > room:
             refused += 1
             continue
         examples.append(Example(row["prompt_id"], row["response"], prompt, human))

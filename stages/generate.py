@@ -32,12 +32,12 @@ from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_r
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
 from stages.engines.base import Completion, Engine, Request, Sampling
+from stages.engines.prompts import askable_tokens, model_room
 from stages.errors import CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
 
 FORMAT_VERSION = 1
-NO_LIMIT = 1 << 30  # positions, for models that have no limit
 
 OpenEngine = Callable[..., Engine]
 
@@ -161,7 +161,9 @@ def _render(space: Workspace, scratch: Path, work: _Work) -> _Rendered:
     Raises:
         InputError: none can be asked.
     """
-    limit, drawn = _prompt_limit(work), _drawn(work)
+    generate, drawn = work.config.generate, _drawn(work)
+    room = model_room(work.model.path, generate.engine.max_model_len, generate.max_new_tokens)
+    limit = room - generate.max_new_tokens
     rendered = _Rendered(scratch)
     with (
         TableWriter(scratch, RENDERED) as table,
@@ -172,7 +174,7 @@ def _render(space: Workspace, scratch: Path, work: _Work) -> _Rendered:
             if drawn is not None and prompt_id not in drawn:
                 continue
             try:
-                tokens = _prompt_tokens(row, work.renderer, limit)
+                tokens = askable_tokens(row["messages"], work.renderer, limit)
             except RowRefusedError as error:
                 rendered.dropped[error.reason] += 1
                 left_out.append(
@@ -206,48 +208,6 @@ def _train_rows(data: Artifact) -> Iterator[Row]:
             )
         last = row["prompt_id"]
         yield row
-
-
-def _prompt_tokens(row: Row, renderer: Renderer, limit: int) -> list[int]:
-    """Return a prompt's tokens.
-
-    Raises:
-        RowRefusedError: it cannot be asked.
-    """
-    messages = row["messages"]
-    if not messages or not messages[-1]["content"].strip():
-        raise RowRefusedError("empty_prompt", "only white space in its last message")
-    try:
-        tokens = renderer.prompt_tokens(messages)
-    except (TypeError, ValueError, OverflowError) as error:  # seen on hostile text
-        raise RowRefusedError("tokenizer_error", " ".join(str(error).split())[:200]) from error
-    if not tokens:
-        raise RowRefusedError("empty_prompt", "it renders to no token")
-    if len(tokens) > limit:
-        raise RowRefusedError("prompt_too_long", f"{len(tokens)} tokens, at most {limit} fit")
-    return tokens
-
-
-def _prompt_limit(work: _Work) -> int:
-    """Return the most tokens a prompt may have so that a whole answer still fits.
-
-    Raises:
-        InputError: there is no room for a prompt at all.
-    """
-    from transformers import AutoConfig
-
-    generate = work.config.generate
-    config = AutoConfig.from_pretrained(
-        work.model.path, trust_remote_code=False, local_files_only=True
-    ).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
-    room = min(positions, generate.engine.max_model_len or positions)
-    if room <= generate.max_new_tokens:
-        raise InputError(
-            f"generate.max_new_tokens={generate.max_new_tokens} leaves no room for a prompt: "
-            f"{work.model.path.name} is run with {room} positions; lower it"
-        )
-    return int(room - generate.max_new_tokens)
 
 
 def _drawn(work: _Work) -> set[str] | None:

@@ -14,6 +14,8 @@ from typer.testing import CliRunner, Result
 
 from spin_cli.app import app
 from stages.artifacts import read_manifest
+from stages.config import ChatConfig
+from stages.data.chat import make_renderer
 from tests.tiny_loop import RECIPE, hashes
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +186,26 @@ def test_the_control_arm_takes_as_many_steps(played: Path, tmp_path: Path) -> No
     metrics = pq.read_table(tmp_path / "control/metrics.parquet").to_pandas()
     assert metrics["chosen_logratio"].iloc[-1] > 0
     assert metrics["loss"].iloc[0] > 1  # a negative log-likelihood a token, not ln 2
+
+
+def test_held_out_prompts_that_do_not_fit_are_left_out_and_counted(
+    played: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "evaluate"
+    words = ["evaluate", "--model", played / "models/sft", "--data", played / "data", "--out", out]
+    recipe = ["--config", played.parent / "tiny.yaml"]
+    renderer = make_renderer(played / "models/sft", ChatConfig())
+    lengths = sorted(
+        len(renderer.prompt_tokens(row["messages"]))
+        + max(16, len(renderer.response_tokens(row["response"])))
+        for row in pq.read_table(played / "data/heldout-00000.parquet").to_pylist()
+    )
+    limit = lengths[len(lengths) // 2]
+    spin(*words, *recipe, f"generate.engine.max_model_len={limit}")
+    fitting = sum(length <= limit for length in lengths)
+    counts = read_manifest(out).counts
+    assert counts == {"prompts": fitting, "dropped_refused": len(lengths) - fitting}
+    assert 0 < fitting < len(lengths)
 
 
 class TestBadInput:
