@@ -78,6 +78,14 @@ MaybeModel = Annotated[
                  "[default: the recipe's model.path]", show_default=False),
 ]  # fmt: skip
 Revision = Annotated[str | None, typer.Option("--revision", help="The commit of a hub model.")]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, help="Train with so many processes on this machine."),
+]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="Train on so many GPUs of this machine, a process each."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -112,6 +120,8 @@ def sft(
     revision: Revision = None,
     config: Config = None,
     overrides: Overrides = None,
+    processes: Processes = None,
+    gpus: Gpus = None,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -120,7 +130,7 @@ def sft(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, overrides)
+    recipe = _recipe(config, [*(overrides or []), *_processes("sft", processes, gpus)])
     section = recipe.for_iteration().sft
     if section is not None and section.init == "random" and model is None:
         options: dict[str, str] = {}
@@ -230,7 +240,10 @@ def score(
     _execute(Step("score", out, iteration, options), recipe, no_verify)
 
 
-@app.command(epilog=_example("spin train --pairs scored --model M --out player train.beta=0.1"))
+@app.command(
+    epilog=_example("spin train --pairs scored --model M --out player train.beta=0.1",
+                    "spin train --pairs scored --model M --out player --gpus 8")
+)  # fmt: skip
 def train(
     out: Out,
     pairs: ScoredPairs,
@@ -239,6 +252,8 @@ def train(
     config: Config = None,
     iteration: Iteration = 0,
     overrides: Overrides = None,
+    processes: Processes = None,
+    gpus: Gpus = None,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -247,7 +262,7 @@ def train(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, overrides)
+    recipe = _recipe(config, [*(overrides or []), *_processes("train", processes, gpus)])
     options = {"pairs": str(pairs), **_model(recipe, iteration, model, revision)}
     _execute(Step("train", out, iteration, options), recipe, no_verify)
 
@@ -550,6 +565,15 @@ def _recipe(name: str | None, overrides: list[str] | None, source: str | None = 
     from spin_cli import recipes
 
     return recipes.load(name, list(overrides or []), source)
+
+
+def _processes(section: str, processes: int | None, gpus: int | None) -> list[str]:
+    """Return the overrides that `--processes` and `--gpus` mean."""
+    if processes is not None and gpus is not None:
+        raise typer.BadParameter("give either --processes N or --gpus N")
+    if gpus is not None:
+        return [f"{section}.processes={gpus}", f"{section}.device=cuda"]
+    return [] if processes is None else [f"{section}.processes={processes}"]
 
 
 def _model(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,11 @@ def safe(text: object) -> str:
 
 
 def set_up_messages(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Send messages of the logger "spin" to stderr: warnings always, progress unless `quiet`."""
+    """Send messages of the logger "spin" to stderr: warnings always, progress unless `quiet`.
+
+    Of several processes that a launcher such as torchrun started, the first alone tells progress.
+    """
+    quiet = quiet or os.environ.get("RANK", "0") != "0"
     log = logging.getLogger("spin")
     for handler in [h for h in log.handlers if isinstance(h, _Messages)]:
         log.removeHandler(handler)

@@ -14,6 +14,7 @@ from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.config import RunConfig
 from stages.decisions import champion_evaluation
+from stages.errors import ConfigError
 from stages.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def execute(step: Step, config: RunConfig) -> Manifest:
 
 def _call(step: Step, config: RunConfig) -> Manifest:
     """Call the stage; stages are imported here, since they import torch."""
+    if step.stage not in ("sft", "train") and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"{step.title()} runs in one process, and a launcher started "
+            f"{os.environ['WORLD_SIZE']}; start it without, and set train.processes for a whole run"
+        )
     options, out = step.options, step.out
     match step.stage:
         case "prepare":

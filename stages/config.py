@@ -119,10 +119,35 @@ class ForwardConfig(_Section):
     """bf16 keeps fp32 weights and computes matrix products in bf16."""
 
 
+class ShardingConfig(_Section):
+    """How several processes divide a model among them; one process has all of it."""
+
+    group_size: Count | None = None
+    """Processes that hold one copy of the model together; None: all of them. A number that
+    divides them makes hybrid sharding: copies between groups, such as one a node."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights after its forward pass; false keeps them until backward,
+    for less communication and more memory."""
+    cpu_offload: bool = False
+    """Keep weights and optimizer state in the CPU's memory between their uses."""
+
+
+class CheckpointConfig(_Section):
+    """Checkpoints inside a training stage, from which a stage that was cut off goes on."""
+
+    every_steps: Count | None = None
+    """Optimizer steps between two checkpoints."""
+    every_minutes: Positive | None = 15.0
+    """Minutes between two checkpoints; with `every_steps`, whichever comes first."""
+    keep: Count = 2
+    """Checkpoints kept, the newest; all are deleted when the stage is done."""
+
+
 class OptimConfig(ForwardConfig):
     """One pass of gradient descent; shared by sft and train."""
 
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    optimizer: Literal["adamw", "rmsprop", "adamw_8bit_torchao", "adamw_8bit_bnb"] = "adamw"
+    """The last two keep AdamW's moments in 8 bits, by torchao or by bitsandbytes."""
     learning_rate: Positive = 5e-7
     betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's decay rates; RMSprop takes the second as its smoothing constant."""
@@ -139,14 +164,25 @@ class OptimConfig(ForwardConfig):
     """Optimizer steps; set, it replaces `epochs`."""
     batch_size: Count = 64
     """Rows an optimizer step, over all processes; what exceeds a forward pass is accumulated."""
-    gradient_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = _place("none")
+    """`full` keeps only each layer's input and computes the rest again in the backward pass;
+    `selective` keeps the outputs that cost most to compute."""
+    compile: bool = _place(False)
+    """Compile each layer with torch.compile, for rows padded to a few lengths."""
     max_length: Count = 2048
     """Rows whose prompt and response have more tokens than this are dropped and counted."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the saved model; auto takes that of the model it starts from. Training itself keeps
     fp32 weights."""
     log_every: Count = _place(10)
-    """Steps between two lines of progress."""
+    """Steps between two readings of the metrics from a GPU, each of which waits for it."""
+    processes: Count = _place(1)
+    """Processes that train together on this machine, one a GPU; `torchrun` and `accelerate
+    launch` set it themselves."""
+    device: Literal["auto", "cpu", "cuda"] = _place("auto")
+    """auto: the GPUs where there are any."""
+    sharding: ShardingConfig = _place(ShardingConfig())
+    checkpoint: CheckpointConfig = _place(CheckpointConfig())
 
 
 class ArchitectureConfig(_Section):

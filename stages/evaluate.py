@@ -332,7 +332,8 @@ def _logprobs(
     """Return (human, opponent's sample) log-probabilities of every pair under one model."""
     from stages.model.scoring import Scorer
 
-    return Scorer(source.verified(), config, renderer.pad_token_id).logprobs(pairs)
+    longest = max((len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs), default=0)
+    return Scorer(source.verified(), config, renderer.pad_token_id, longest).logprobs(pairs)
 
 
 def _open_opponent_evaluation(

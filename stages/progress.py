@@ -36,6 +36,11 @@ class Progress:
         self.tokens += tokens
         self.show()
 
+    def skip(self, done: int) -> None:
+        """Tell that an earlier attempt finished `done` more units; they do not count as speed."""
+        self.done += done
+        self._done_before += done
+
     def note(self, text: str) -> None:
         """Set the remark shown beside the numbers."""
         self.remark = text

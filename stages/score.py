@@ -62,7 +62,8 @@ def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSou
     from stages.model.scoring import Scorer
 
     pad_token_id = make_renderer(source.path, config.chat).pad_token_id
-    scorer = Scorer(source.verified(), config.score, pad_token_id)
+    longest = pairs.manifest.config["pair"]["max_length"]
+    scorer = Scorer(source.verified(), config.score, pad_token_id, longest)
     total, tokens = pairs.manifest.counts["pairs"], 0
     with progress("score", total=total, unit="pairs") as bar:
         for name, rows in _shards(pairs, config.score.shard_rows):

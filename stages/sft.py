@@ -18,22 +18,30 @@ from stages.artifacts import (
     run_root,
 )
 from stages.artifacts.tables import Row
-from stages.config import ArchitectureConfig, RunConfig, SftConfig
+from stages.config import ArchitectureConfig, ChatConfig, RunConfig, SftConfig
 from stages.data.chat import Renderer, RowRefusedError, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import PROMPTS, SFT_METRICS, SUPERVISED
-from stages.data.store import build_store
-from stages.data.timings import TimingsWriter
+from stages.data.store import build_store, open_store
 from stages.errors import ConfigError, InputError
+from stages.journal import Journal
+from stages.model.group import (
+    Group,
+    Resources,
+    follow,
+    is_follower,
+    leading,
+    open_group,
+    resources,
+    together,
+)
 from stages.model.source import ModelSource, resolve_model
-from stages.progress import progress
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
     from stages.model.fit import Step
     from stages.model.learner import Learner
 
 FORMAT_VERSION = 1
-TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,13 @@ def run(config: RunConfig, inputs: SftInputs, out: Path) -> Manifest:
     sft = config.sft
     if sft is None:
         raise ConfigError("the recipe has no sft section; give one, for example sft.epochs=1")
+    if is_follower():
+        return follow(sft, _work, out)
+    with leading(sft):
+        return _lead(config, sft, inputs, out)
+
+
+def _lead(config: RunConfig, sft: SftConfig, inputs: SftInputs, out: Path) -> Manifest:
     data = open_artifact(inputs.data, stages=("prepare",), verify=config.verify)
     root = run_root(out)
     refs = {"data": data.input_ref(root)}
@@ -76,14 +91,36 @@ def run(config: RunConfig, inputs: SftInputs, out: Path) -> Manifest:
         },
         inputs=refs,
     )
-    return produce(out, plan, lambda space: _fill(space, config, sft, data, base))
+    return produce(out, plan, lambda space: _fill(space, config, sft, data, base), resumable=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every rank is told."""
+
+    space: Workspace
+    rows: Path
+    model_dir: Path | None
+    tokenizer_dir: Path
+    config: SftConfig
+    seed: int
+    chat: ChatConfig
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What rank 0 tells of its work."""
+
+    steps: int
+    last_loss: float
+    attention: str
+    parameters: int
+    used: Resources
 
 
 def _fill(
     space: Workspace, config: RunConfig, sft: SftConfig, data: Artifact, base: ModelSource | None
 ) -> Outcome:
-    from stages.model.learner import open_student
-
     base_dir = base.verified() if base else None
     tokenizer_dir = base_dir or _train_tokenizer(space.path, sft.architecture, data)
     renderer = make_renderer(tokenizer_dir, config.chat)
@@ -94,7 +131,6 @@ def _fill(
         SUPERVISED,
         SUPERVISED.names[1:],
         scratch,
-        token_columns=TOKEN_COLUMNS,
         keep=lambda lengths: sum(lengths) <= sft.max_length,
     )
     rows_file.unlink()
@@ -103,53 +139,72 @@ def _fill(
             f"{data.path} leaves no row to train on ({too_long} longer than sft.max_length="
             f"{sft.max_length}, {refused} refused); raise sft.max_length or mend the data"
         )
-    student = open_student(base_dir, store, sft, config.seed, renderer)
-    last_loss = _train(space, student)
-    student.save(space.path, tokenizer_dir)
+    job = _Job(space, scratch, base_dir, tokenizer_dir, sft, config.seed, config.chat)
+    report = together(_work, job, sft)
     scratch.unlink()
     return Outcome(
         counts={
             "rows": len(store),
             "dropped_too_long": too_long,
             "dropped_refused": refused,
-            "steps": student.total_steps,
+            "steps": report.steps,
         },
-        metrics={"last_loss": last_loss},
-        info={"attention": student.mode, "parameters": student.num_parameters},
+        metrics={"last_loss": report.last_loss},
+        info={
+            "attention": report.attention,
+            "parameters": report.parameters,
+            **report.used.info(),
+        },
         tokens=int(store.lengths_N.sum()),
+        peak_memory_bytes=report.used.peak_memory_bytes,
         volatile=frozenset({"timings.parquet"}),
     )
 
 
-def _train(space: Workspace, student: "Learner") -> float:
-    """Take all steps, metrics written as they come; return the loss over the last tenth."""
-    losses: list[float] = []
-    with (
-        TableWriter(space.file("metrics.parquet"), SFT_METRICS) as table,
-        TimingsWriter(space.file("timings.parquet")) as timings,
-        progress("sft", total=student.total_steps, unit="steps") as bar,
-    ):
+def _work(job: _Job) -> _Report:
+    """Train as one rank; rank 0 also writes."""
+    from stages.model.learner import open_student
 
-        def on_step(step: "Step") -> None:
-            table.append(
-                {
-                    "step": step.step,
-                    "epoch": step.epoch,
-                    "learning_rate": step.learning_rate,
-                    "loss": step.loss,
-                    "grad_norm": step.grad_norm,
-                    "rows": step.rows,
-                    "tokens": step.tokens,
-                }
-            )
-            timings.add(step.step, step.seconds, step.tokens)
-            bar.note(f"loss {step.loss:.4f}")
-            bar.advance(1, step.tokens)
-            losses.append(step.loss)
-            del losses[: -max(1, student.total_steps // 10)]
+    group = open_group(job.config)
+    renderer = make_renderer(job.tokenizer_dir, job.chat)
+    store = open_store(job.rows)
+    student = open_student(job.model_dir, store, job.config, job.seed, renderer, group)
+    student.check_exact()
+    last_loss = _train(job, group, student)
+    student.save(job.space.path, renderer, job.tokenizer_dir)
+    return _Report(
+        student.total_steps, last_loss, student.mode, student.num_parameters, resources(group)
+    )
 
-        student.train(on_step)
-    return sum(losses) / len(losses)
+
+def _train(job: _Job, group: Group, student: "Learner") -> float:
+    """Take all steps, rank 0 writing down each; return the loss over the last tenth."""
+    from stages.model.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(job.space.shards, job.config.checkpoint.keep)
+    if group.rank > 0:
+        student.train(lambda step: None, checkpoints)
+        return 0.0
+    folder, total = job.space.path, student.total_steps
+    with Journal(folder, "sft", SFT_METRICS, total, _metrics_row, _remark) as journal:
+        student.train(journal.add, checkpoints)
+    return journal.tail_mean(lambda step: step.loss)
+
+
+def _metrics_row(step: "Step") -> Row:
+    return {
+        "step": step.step,
+        "epoch": step.epoch,
+        "learning_rate": step.learning_rate,
+        "loss": step.loss,
+        "grad_norm": step.grad_norm,
+        "rows": step.rows,
+        "tokens": step.tokens,
+    }
+
+
+def _remark(step: "Step") -> str:
+    return f"loss {step.loss:.4f}"
 
 
 def _render(path: Path, renderer: Renderer, data: Artifact, max_examples: int | None) -> int:

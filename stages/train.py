@@ -1,7 +1,6 @@
 """train: from the opponent's weights, the player learns to prefer the chosen responses."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,28 +10,35 @@ from stages.artifacts import (
     Manifest,
     Outcome,
     Plan,
-    TableWriter,
     Workspace,
     open_artifact,
     produce,
     run_root,
 )
 from stages.artifacts.tables import Row
-from stages.config import RunConfig, TrainConfig
+from stages.config import ChatConfig, RunConfig, TrainConfig
 from stages.data.chat import chat_fingerprint, make_renderer
 from stages.data.rows import SCORED_PAIRS, TRAIN_METRICS
-from stages.data.store import build_store
-from stages.data.timings import TimingsWriter
+from stages.data.store import TOKEN_COLUMNS, build_store, open_store
 from stages.errors import DivergedError, InputError
+from stages.journal import Journal
+from stages.model.group import (
+    Group,
+    Resources,
+    follow,
+    is_follower,
+    leading,
+    open_group,
+    resources,
+    together,
+)
 from stages.model.source import ModelSource, resolve_model
-from stages.progress import progress
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
     from stages.model.fit import Step
     from stages.model.learner import Learner
 
 FORMAT_VERSION = 1
-TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 STORED_COLUMNS = (
     *TOKEN_COLUMNS,
     "win_probability",
@@ -63,6 +69,13 @@ def run(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
         DivergedError: the first loss is not ln 2 though the reference is the opponent, or a loss
             or gradient is not finite.
     """
+    if is_follower():
+        return follow(config.train, _work, out)
+    with leading(config.train):
+        return _lead(config, inputs, out)
+
+
+def _lead(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
     pairs = open_artifact(inputs.pairs, stages=("score",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
@@ -73,19 +86,39 @@ def run(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
         inputs={"pairs": pairs.input_ref(root), "model": model.ref},
         fingerprints={"chat": chat_fingerprint(model.path, config.chat)},
     )
-    return produce(out, plan, lambda space: _fill(space, config, pairs, model))
+    return produce(out, plan, lambda space: _fill(space, config, pairs, model), resumable=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every rank is told."""
+
+    space: Workspace
+    rows: Path
+    model_dir: Path
+    config: TrainConfig
+    seed: int
+    chat: ChatConfig
+    reference_is_opponent: bool
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What rank 0 tells of its work."""
+
+    steps: int
+    metrics: dict[str, float]
+    attention: str
+    used: Resources
 
 
 def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSource) -> Outcome:
-    from stages.model.learner import open_player
-
     scratch = space.path / "rows.scratch"
     store, too_long = build_store(
         pairs.files("part-"),
         SCORED_PAIRS,
         STORED_COLUMNS,
         scratch,
-        token_columns=TOKEN_COLUMNS,
         keep=lambda lengths: lengths[0] + max(lengths[1:]) <= config.train.max_length,
     )
     if not len(store):
@@ -94,19 +127,40 @@ def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSou
             f"{config.train.max_length}); if all were identical, the opponent already answers as "
             "the data does"
         )
-    renderer = make_renderer(source.verified(), config.chat)
-    player = open_player(source.path, store, config.train, config.seed, renderer)
     same_model = pairs.manifest.inputs["model"].key == source.ref.key
-    first_loss = _check_start(player, config.train, must_be_ln2=same_model)
-    last = _train(space, player)
-    player.save(space.path, source.path)
+    job = _Job(
+        space, scratch, source.verified(), config.train, config.seed, config.chat, same_model
+    )
+    report = together(_work, job, config.train)
     scratch.unlink()
     return Outcome(
-        counts={"pairs": len(store), "dropped_too_long": too_long, "steps": player.total_steps},
-        metrics={"first_loss": first_loss, **last},
-        info={"attention": player.mode, "reference_is_opponent": same_model},
+        counts={"pairs": len(store), "dropped_too_long": too_long, "steps": report.steps},
+        metrics=report.metrics,
+        info={
+            "attention": report.attention,
+            "reference_is_opponent": same_model,
+            **report.used.info(),
+        },
         tokens=int(store.lengths_N.sum()),
+        peak_memory_bytes=report.used.peak_memory_bytes,
         volatile=frozenset({"timings.parquet"}),
+    )
+
+
+def _work(job: _Job) -> _Report:
+    """Train as one rank; rank 0 also writes."""
+    from stages.model.learner import open_player
+
+    group = open_group(job.config)
+    renderer = make_renderer(job.model_dir, job.chat)
+    store = open_store(job.rows)
+    player = open_player(job.model_dir, store, job.config, job.seed, renderer, group)
+    player.check_exact()
+    first_loss = _check_start(player, job.config, must_be_ln2=job.reference_is_opponent)
+    last = _train(job, group, player)
+    player.save(job.space.path, renderer, job.model_dir)
+    return _Report(
+        player.total_steps, {"first_loss": first_loss, **last}, player.mode, resources(group)
     )
 
 
@@ -130,29 +184,26 @@ def _check_start(player: "Learner", config: TrainConfig, *, must_be_ln2: bool) -
     return loss
 
 
-def _train(space: Workspace, player: "Learner") -> dict[str, float]:
-    """Take all steps, metrics written as they come; return means over the last tenth."""
-    tail: list[Step] = []
-    with (
-        TableWriter(space.file("metrics.parquet"), TRAIN_METRICS) as table,
-        TimingsWriter(space.file("timings.parquet")) as timings,
-        progress("train", total=player.total_steps, unit="steps") as bar,
-    ):
+def _train(job: _Job, group: Group, player: "Learner") -> dict[str, float]:
+    """Take all steps, rank 0 writing down each; return means over the last tenth."""
+    from stages.model.checkpoints import Checkpoints
 
-        def on_step(step: "Step") -> None:
-            table.append(_metrics_row(step))
-            timings.add(step.step, step.seconds, step.tokens)
-            bar.note(f"loss {step.loss:.4f} margin {step.metrics['margin']:.3f}")
-            bar.advance(1, step.tokens)
-            tail.append(step)
-            del tail[: -max(1, player.total_steps // 10)]
-
-        player.train(on_step)
+    checkpoints = Checkpoints(job.space.shards, job.config.checkpoint.keep)
+    if group.rank > 0:
+        player.train(lambda step: None, checkpoints)
+        return {}
+    folder, total = job.space.path, player.total_steps
+    with Journal(folder, "train", TRAIN_METRICS, total, _metrics_row, _remark) as journal:
+        player.train(journal.add, checkpoints)
     return {
-        "last_loss": _mean([s.loss for s in tail]),
-        "last_accuracy": _mean([s.metrics["accuracy"] for s in tail]),
-        "last_margin": _mean([s.metrics["margin"] for s in tail]),
+        "last_loss": journal.tail_mean(lambda step: step.loss),
+        "last_accuracy": journal.tail_mean(lambda step: step.metrics["accuracy"]),
+        "last_margin": journal.tail_mean(lambda step: step.metrics["margin"]),
     }
+
+
+def _remark(step: "Step") -> str:
+    return f"loss {step.loss:.4f} margin {step.metrics['margin']:.3f}"
 
 
 def _metrics_row(step: "Step") -> Row:
@@ -166,7 +217,3 @@ def _metrics_row(step: "Step") -> Row:
         "pairs": step.rows,
         "tokens": step.tokens,
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

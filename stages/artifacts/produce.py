@@ -92,6 +92,8 @@ class Outcome:
     metrics: Mapping[str, float | int | str | bool | None] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
+    peak_memory_bytes: int = 0
+    """Of processes that the stage started; its own is measured."""
     volatile: frozenset[str] = frozenset()
     """Files whose bytes differ from run to run by design."""
 
@@ -341,7 +343,7 @@ def _fill(
         cost=Cost(
             started_at=started_at,
             wall_s=round(time.monotonic() - start, 3),
-            peak_memory_bytes=_peak_memory_bytes(),
+            peak_memory_bytes=max(peak_memory_bytes(), outcome.peak_memory_bytes),
             tokens=outcome.tokens,
         ),
     )
@@ -440,7 +442,8 @@ def _reset_peak_memory() -> None:
         return
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process had at a time, since its stage began."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

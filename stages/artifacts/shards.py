@@ -10,6 +10,8 @@ from stages.artifacts.files import fsync_path, make_folder, replace_text, tempor
 from stages.artifacts.keys import canonical_json, sha256_file
 
 SHARD_NOTES = ".shards"
+ASIDE = f"{SHARD_NOTES}/aside"
+"""Where shards lie that only serve to resume: they never become part of the artifact."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class ShardStore:
         replace_text(
             note, canonical_json({"key": self.key, "ids_hash": ids_hash, "sha256": digest})
         )
+
+    def discard(self, relative: str) -> None:
+        """Delete a shard; its note goes first, so that a kill in between leaves no false one."""
+        self._note_path(relative).unlink(missing_ok=True)
+        (self.root / relative).unlink(missing_ok=True)
 
     def noted(self) -> set[str]:
         """Return the relative paths of shards that have a note; their bytes are not read."""

@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from stages.artifacts import read_batches
 
+TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+
 
 @dataclass
 class RowStore:
@@ -22,6 +24,8 @@ class RowStore:
 
     lengths_N: npt.NDArray[np.int32]
     """Tokens of each row."""
+    longest: int
+    """Tokens of the longest prompt with one response."""
     _batches: list[pa.RecordBatch]
     _starts: npt.NDArray[np.int64]
     _map: Any = field(repr=False)
@@ -47,35 +51,37 @@ def build_store(
     schema: pa.Schema,
     columns: Sequence[str],
     scratch: Path,
-    token_columns: Sequence[str],
     keep: Callable[[tuple[int, ...]], bool],
 ) -> tuple[RowStore, int]:
-    """Copy some columns of Parquet files into a scratch file and open it.
+    """Copy some columns of Parquet files, with `TOKEN_COLUMNS` among them, and open the copy.
 
     Args:
-        token_columns: the list columns whose lengths add up to a row's tokens.
-        keep: whether a row is kept, from its lengths in the order of `token_columns`.
+        keep: whether a row is kept, from its lengths in the order of `TOKEN_COLUMNS`.
 
     Returns:
         The store, and the number of rows that `keep` left out.
     """
-    lengths: list[npt.NDArray[np.int32]] = []
     dropped = 0
     narrow = pa.schema([schema.field(name) for name in columns])
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, narrow) as writer:
         for batch in read_batches(paths, schema, columns=columns, batch_rows=1024):
             batch = batch.select(columns)
-            lengths_BC = _list_lengths(batch, token_columns)
-            kept_B = np.array([keep(tuple(row)) for row in lengths_BC.tolist()], dtype=bool)
+            kept_B = np.array([keep(tuple(r)) for r in _list_lengths(batch).tolist()], dtype=bool)
             dropped += int((~kept_B).sum())
             if kept_B.any():
                 writer.write_batch(batch.filter(pa.array(kept_B)))
-                lengths.append(lengths_BC[kept_B].sum(axis=1, dtype=np.int32))
+    return open_store(scratch), dropped
+
+
+def open_store(scratch: Path) -> RowStore:
+    """Open a file that `build_store` wrote; many processes may."""
     mapped = pa.memory_map(str(scratch), "r")
     batches = list(_read_mapped(mapped))
     starts = np.cumsum([0, *(b.num_rows for b in batches[:-1])], dtype=np.int64)
-    lengths_N = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
-    return RowStore(lengths_N, batches, starts, mapped), dropped
+    lengths = [_list_lengths(batch) for batch in batches]
+    lengths_NC = np.concatenate(lengths) if lengths else np.zeros((0, 3), np.int32)
+    longest = int((lengths_NC[:, 0] + lengths_NC[:, 1:].max(axis=1)).max(initial=0))
+    return RowStore(lengths_NC.sum(axis=1, dtype=np.int32), longest, batches, starts, mapped)
 
 
 @functools.lru_cache(maxsize=2)
@@ -84,8 +90,8 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
 
 
-def _list_lengths(batch: pa.RecordBatch, columns: Sequence[str]) -> npt.NDArray[np.int32]:
-    parts = [np.diff(batch.column(name).offsets.to_numpy()) for name in columns]
+def _list_lengths(batch: pa.RecordBatch) -> npt.NDArray[np.int32]:
+    parts = [np.diff(batch.column(name).offsets.to_numpy()) for name in TOKEN_COLUMNS]
     return np.stack(parts, axis=1).astype(np.int32)
 
 

@@ -143,6 +143,8 @@ class PairLayout:
     """2i for the chosen, 2i + 1 for the rejected response of pair i: where to add it up."""
     chosen_tokens_B: Tensor
     rejected_tokens_B: Tensor
+    num_padding: int = 0
+    """Tokens at the end of the row that predict nothing and that no other token sees."""
 
     @property
     def num_pairs(self) -> int:
@@ -151,7 +153,7 @@ class PairLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the row, none of them padding."""
+        """Tokens of the row, its padding among them."""
         return self.input_ids_T.shape[0]
 
     @property
@@ -170,16 +172,21 @@ class PairLayout:
             self.owner_N.to(device, non_blocking=True),
             self.chosen_tokens_B.to(device, non_blocking=True),
             self.rejected_tokens_B.to(device, non_blocking=True),
+            self.num_padding,
         )
 
 
-def build_layout(pairs: Sequence[PairTokens], share: bool) -> PairLayout:
+def build_layout(pairs: Sequence[PairTokens], share: bool, pad_to_multiple: int = 1) -> PairLayout:
     """Lays pairs out one after another in one row; tensors on the CPU.
 
     With `share`, pair i takes P + C + R tokens, else [prompt | chosen] and [prompt | rejected]
     are documents of their own and it takes 2P + C + R. An empty rejected response takes nothing
     and scores 0: so supervised rows go the same way. Raises ValueError, naming the pair, for an
     empty prompt (nothing would predict the first token) or an empty chosen response.
+
+    `pad_to_multiple` rounds the row's length up, for compiled layers: padding is documents of
+    their own, none longer than the row's longest sequence, so that neither the model's table of
+    positions nor a sliding window is too short for it.
 
     Example, one pair with P = 2, C = 2, R = 1, shared:
         input_ids   p0 p1 c0 c1 r0        positions  0 1 2 3 2
@@ -220,6 +227,14 @@ def build_layout(pairs: Sequence[PairTokens], share: bool) -> PairLayout:
         labels += (chosen, rejected)
         start = parts[-1].start + parts[-1].length
 
+    num_padding = -start % pad_to_multiple
+    longest = max(part.prefix_length + part.length for part in parts)
+    for first_pad in range(start, start + num_padding, longest):
+        length = min(longest, start + num_padding - first_pad)
+        ids.append(np.zeros(length, dtype=np.int64))
+        positions.append(np.arange(length))
+        parts.append(Segment(first_pad, length, 0, 0))
+
     lengths = np.array([response.size for response in labels])
     return PairLayout(
         input_ids_T=torch.from_numpy(np.concatenate(ids)),
@@ -230,6 +245,7 @@ def build_layout(pairs: Sequence[PairTokens], share: bool) -> PairLayout:
         owner_N=torch.from_numpy(np.repeat(np.arange(lengths.size), lengths)),
         chosen_tokens_B=torch.from_numpy(lengths[0::2].copy()),
         rejected_tokens_B=torch.from_numpy(lengths[1::2].copy()),
+        num_padding=num_padding,
     )
 
 
@@ -427,7 +443,7 @@ class _SegmentAttention(torch.autograd.Function):
                 continue
             merged_1HT = torch.logaddexp(lse_1HT[:, :, q], piece_lse_1HT)
             old_1HT1 = (lse_1HT[:, :, q] - merged_1HT).exp_().unsqueeze(-1)
-            new_1HT1 = piece_lse_1HT.sub_(merged_1HT).exp_().unsqueeze(-1)
+            new_1HT1 = (piece_lse_1HT - merged_1HT).exp_().unsqueeze(-1)
             output_1HTE[:, :, q] = output_1HTE[:, :, q] * old_1HT1 + piece_1HTE * new_1HT1
             lse_1HT[:, :, q] = merged_1HT
         ctx.save_for_backward(query_1HTE, key_1GTE, value_1GTE, output_1THE, lse_1HT)

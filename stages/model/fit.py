@@ -1,23 +1,49 @@
 """The one training loop: rows in a fixed order, gradient accumulation, clipping, metrics.
 
 It knows nothing of pairs: an `Objective` says how rows become a loss. `sft` and `train` share it.
+On a GPU it never waits for a step: loss, norm and metrics stay there until they are read, every
+`log_every` steps, and a step that is not finite undoes itself there (see `optim.step_unless`).
 """
 
+import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stages.config import OptimConfig
 from stages.data.store import epoch_order
-from stages.errors import ConfigError, DivergedError
-from stages.model.optim import count_steps, learning_rate, make_optimizer, steps_an_epoch
-from stages.model.pairs import autocast
+from stages.errors import DivergedError
+from stages.model.checkpoints import Checkpoints, Trained
+from stages.model.group import Group
+from stages.model.optim import (
+    count_steps,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    step_unless,
+    steps_an_epoch,
+)
+from stages.model.pairs import autocast, pinned, placed
+from stages.model.sharding import sharded_parameters, synchronise_gradients
+
+log = logging.getLogger("spin")
+
+AHEAD = 2
+"""Global batches read and packed while one is computed."""
+GO_ON, CHECKPOINT, LEAVE = range(3)
+_LOSS, _NORM, _SECONDS, _METRICS = range(4)
 
 
 class Objective(Protocol):
@@ -30,18 +56,21 @@ class Objective(Protocol):
         """Number of rows in the training set."""
         ...
 
-    def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """Split a global batch into what one forward pass holds."""
-        ...
-
     def tokens(self, rows: Sequence[int]) -> int:
         """Number of distinct tokens in some rows, for rates."""
         ...
 
-    def loss(self, rows: Sequence[int], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the part of a batch's mean loss that `rows` are, and sums of the metrics.
+    def prepare(self, rows: Sequence[int], rank: int, num_ranks: int) -> Sequence[Any]:
+        """Return this rank's part of a global batch, as micro-batches; equally many on each.
 
-        The parts of a batch's micro-batches add up to its loss, however it was split.
+        It runs in a thread beside training, and must not touch the model.
+        """
+        ...
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return what a micro-batch adds to the global batch's loss, and sums of the metrics.
+
+        The parts of all micro-batches add up to the loss, however it was split.
         """
         ...
 
@@ -61,71 +90,35 @@ class Step:
     rows: int
     tokens: int
     seconds: float
-
-
-def make_accelerator() -> Accelerator:
-    """Return accelerate's process group and device.
-
-    Precision stays ours (`pairs.autocast`): accelerate's is one for the whole process, while the
-    stages of a run may differ.
-    """
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{accelerator.num_processes} processes: training runs in one process as yet; "
-            "start spin train without a launcher"
-        )
-    return accelerator
+    is_new: bool
+    """False for a step of an earlier attempt, from whose checkpoint this one goes on."""
 
 
 def fit(
-    model: Any,
+    forward: nn.Module,
     objective: Objective,
     config: OptimConfig,
     seed: int,
-    accelerator: Accelerator,
+    group: Group,
     on_step: Callable[[Step], None],
+    checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Train `model` in place.
+    """Train the model inside `forward` in place.
+
+    Goes on from the newest of `checkpoints`, and writes some. SIGTERM or Ctrl-C ends it at the
+    next micro-batch, with a checkpoint of the last whole step; a second one ends it at once.
 
     Args:
-        on_step: is told every step, after its update.
+        on_step: is told every step, also those of an earlier attempt, after its update.
 
     Raises:
         DivergedError: a loss or gradient is NaN or infinite; the update was not made.
     """
-    model.train()
-    _disable_dropout(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model.parameters(), config)
-    total_steps = count_steps(objective.num_rows, config)
-    for step in range(total_steps):
-        started = time.monotonic()
-        rows = batch_rows(step, objective.num_rows, config, seed)
-        rate = learning_rate(step, total_steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, sums = _accumulate(objective, rows, accelerator, config.precision)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        _refuse_non_finite(step, loss, float(norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        names = objective.metric_names
-        on_step(
-            Step(
-                step=step,
-                epoch=(step + 1) / steps_an_epoch(objective.num_rows, config),
-                learning_rate=rate,
-                loss=loss,
-                grad_norm=float(norm),
-                metrics=dict(zip(names, (sums / len(rows)).tolist(), strict=True)),
-                rows=len(rows),
-                tokens=objective.tokens(rows),
-                seconds=time.monotonic() - started,
-            )
-        )
-    model.eval()
+    forward.train()
+    _disable_dropout(forward)
+    loop = _Loop(forward, objective, config, seed, group, on_step, checkpoints)
+    loop.run()
+    forward.eval()
 
 
 def batch_rows(step: int, num_rows: int, config: OptimConfig, seed: int) -> list[int]:
@@ -136,18 +129,216 @@ def batch_rows(step: int, num_rows: int, config: OptimConfig, seed: int) -> list
     return [int(row) for row in order_N[start : start + config.batch_size]]
 
 
-def _accumulate(
-    objective: Objective, rows: Sequence[int], accelerator: Accelerator, precision: str
-) -> tuple[float, Tensor]:
-    loss = torch.zeros((), dtype=torch.float64)
-    sums = torch.zeros(len(objective.metric_names), dtype=torch.float64)
-    for micro in objective.micro_batches(rows):
-        with autocast(accelerator.device, precision):
-            part, metric_sums = objective.loss([rows[i] for i in micro], rows)
-        accelerator.backward(part)
-        loss += part.detach().double().cpu()
-        sums += metric_sums.double().cpu()
-    return float(loss), sums
+class _Loop:
+    """The state of one training, and what is done in turn with it."""
+
+    def __init__(
+        self,
+        forward: nn.Module,
+        objective: Objective,
+        config: OptimConfig,
+        seed: int,
+        group: Group,
+        on_step: Callable[[Step], None],
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        self.forward, self.objective, self.config = forward, objective, config
+        self.seed, self.group = seed, group
+        self.on_step, self.checkpoints = on_step, checkpoints
+        named = sharded_parameters(forward, forward.get_submodule("model"))
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self.optimizer = make_optimizer(self.parameters.values(), config)
+        self.trained = Trained(self.parameters, self.optimizer)
+        self.total_steps = count_steps(objective.num_rows, config)
+        self.stop = torch.zeros((), device=group.device)
+        """1 once a step was not finite: no later step changes anything."""
+        self.history: list[list[float]] = []
+        """Figures of the steps taken: loss, gradient norm, seconds, metrics."""
+        self.unread: list[Tensor] = []
+        self.read_at = self.saved_at = time.monotonic()
+
+    def run(self) -> None:
+        start = 0
+        if self.checkpoints is not None:
+            start, self.history = self.checkpoints.restore(self.trained)
+            if start and self.group.rank == 0:
+                log.info("going on after step %d of %d, from a checkpoint", start, self.total_steps)
+            for step, figures in enumerate(self.history):
+                self._tell(step, figures, is_new=False)
+        self.read_at = self.saved_at = time.monotonic()
+        with _Interruption() as interruption:
+            try:
+                self._take_all(start, interruption)
+                if self._agreed(interruption):
+                    self._read()
+                    self._save(len(self.history))
+                self._read()
+            finally:
+                if self.checkpoints is not None:
+                    self.checkpoints.finish()
+        interruption.leave()
+
+    def _take_all(self, start: int, interruption: "_Interruption") -> None:
+        with closing(self._batches(start)) as batches:
+            for step, batch in enumerate(batches, start):
+                if not self._take(step, batch, interruption):
+                    return
+                self._attend(step + 1)
+
+    def _agreed(self, interruption: "_Interruption") -> bool:
+        """Tell whether any rank was asked to leave; all ask this equally often."""
+        if self.group.highest(LEAVE if interruption.asked else GO_ON) != LEAVE:
+            return False
+        interruption.asked = interruption.asked or signal.SIGTERM
+        return True
+
+    def _take(self, step: int, batch: Sequence[Any], interruption: "_Interruption") -> bool:
+        """Take one step; False if a signal came before its update, which then is not made."""
+        set_learning_rate(self.optimizer, learning_rate(step, self.total_steps, self.config))
+        figures = torch.zeros(
+            1 + len(self.objective.metric_names), dtype=torch.float64, device=self.group.device
+        )
+        for number, micro in enumerate(batch):
+            is_last = number + 1 == len(batch)
+            synchronise_gradients(
+                self.forward, now=is_last or self.config.sharding.reshard_after_forward
+            )
+            micro = placed(micro, self.group.device)
+            with autocast(self.group.device, self.config.precision):
+                part, sums = self.objective.loss(micro)
+            # Ranks' gradients are averaged, and their parts of the loss add up.
+            (part * self.group.num_ranks).backward()  # type: ignore[no-untyped-call]
+            figures[0] += part.detach()
+            figures[1:] += sums
+            if self._agreed(interruption):
+                return False
+        self.group.add_up(figures)
+        norm = _clip(self.parameters.values(), self.config.max_grad_norm)
+        bad = ~(torch.isfinite(figures[0]) & torch.isfinite(norm))
+        self.stop = torch.maximum(self.stop, bad.to(self.stop.dtype))
+        step_unless(self.optimizer, self.stop)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.unread.append(torch.cat([figures[:1], norm.double().reshape(1), figures[1:]]))
+        return True
+
+    def _attend(self, steps: int) -> None:
+        """Read metrics and write a checkpoint, where it is time to."""
+        if len(self.unread) >= _steps_unread(self.group, self.config):
+            self._read()
+        if self.group.highest(self._due(steps)) == CHECKPOINT and steps < self.total_steps:
+            self._save(steps)
+
+    def _due(self, steps: int) -> int:
+        every = self.config.checkpoint
+        by_steps = every.every_steps is not None and steps % every.every_steps == 0
+        by_time = (
+            every.every_minutes is not None
+            and self.group.rank == 0
+            and time.monotonic() - self.saved_at >= 60 * every.every_minutes
+        )
+        return CHECKPOINT if by_steps or by_time else GO_ON
+
+    def _save(self, steps: int) -> None:
+        self._read()  # raises if the weights are not those of a finite step
+        if self.checkpoints is not None and steps:
+            self.checkpoints.write(steps, self.trained, self.history)
+        self.saved_at = time.monotonic()
+
+    def _read(self) -> None:
+        """Wait for the device, and tell the steps since the last time.
+
+        Raises:
+            DivergedError: one of them was not finite.
+        """
+        if not self.unread:
+            return
+        rows = torch.stack(self.unread).tolist()
+        now = time.monotonic()
+        seconds, self.read_at = (now - self.read_at) / len(rows), now
+        self.unread.clear()
+        for loss, norm, *metrics in rows:
+            step = len(self.history)
+            _refuse_non_finite(step, loss, norm)
+            num_rows = len(batch_rows(step, self.objective.num_rows, self.config, self.seed))
+            self.history.append([loss, norm, seconds, *(total / num_rows for total in metrics)])
+            self._tell(step, self.history[-1], is_new=True)
+
+    def _tell(self, step: int, figures: Sequence[float], *, is_new: bool) -> None:
+        rows = batch_rows(step, self.objective.num_rows, self.config, self.seed)
+        names = self.objective.metric_names
+        self.on_step(
+            Step(
+                step=step,
+                epoch=(step + 1) / steps_an_epoch(self.objective.num_rows, self.config),
+                learning_rate=learning_rate(step, self.total_steps, self.config),
+                loss=figures[_LOSS],
+                grad_norm=figures[_NORM],
+                metrics=dict(zip(names, figures[_METRICS:], strict=True)),
+                rows=len(rows),
+                tokens=self.objective.tokens(rows),
+                seconds=figures[_SECONDS],
+                is_new=is_new,
+            )
+        )
+
+    def _batches(self, start: int) -> Generator[Sequence[Any]]:
+        """Yield this rank's part of every step's batch, prepared ahead in a thread."""
+        ahead: deque[Future[Sequence[Any]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            for step in range(start, self.total_steps + AHEAD):
+                if step < self.total_steps:
+                    ahead.append(thread.submit(self._prepare, step))
+                if step >= start + AHEAD:
+                    yield ahead.popleft().result()
+
+    def _prepare(self, step: int) -> Sequence[Any]:
+        rows = batch_rows(step, self.objective.num_rows, self.config, self.seed)
+        batch = self.objective.prepare(rows, self.group.rank, self.group.num_ranks)
+        if self.group.device.type == "cuda":
+            return [pinned(micro) for micro in batch]
+        return batch
+
+
+class _Interruption:
+    """Catches SIGTERM and SIGINT while it lasts, for the loop to end where nothing is lost."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            self.leave()
+        self.asked = number
+
+    def leave(self) -> None:
+        """Do what the signal would have done, if one came."""
+        if self.asked is None:
+            return
+        self.__exit__()
+        signal.raise_signal(self.asked)
+
+
+def _steps_unread(group: Group, config: OptimConfig) -> int:
+    """Return after how many steps metrics are read: on a CPU there is nothing to wait for."""
+    return 1 if group.device.type == "cpu" else config.log_every
+
+
+def _clip(parameters: Any, max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm is at most `max_norm`; return it from before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _refuse_non_finite(step: int, loss: float, norm: float) -> None:

@@ -1,6 +1,7 @@
-"""A model on its way from one artifact to the next: loaded, trained, checked, saved."""
+"""A model on its way from one artifact to the next: loaded, checked, trained, saved."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,28 @@ from stages.config import OptimConfig, SftConfig, TrainConfig
 from stages.data.chat import Renderer
 from stages.data.store import RowStore
 from stages.data.tokens import pair_tokens
-from stages.model.fit import Objective, Step, batch_rows, fit, make_accelerator
+from stages.errors import ConfigError
+from stages.model.checkpoints import Checkpoints
+from stages.model.fit import Step, batch_rows, fit
+from stages.model.group import Group
 from stages.model.load import load_model
-from stages.model.objectives import PairObjective, SupervisedObjective, stored_reference
+from stages.model.memory import apply_activation_checkpointing, compile_layers
+from stages.model.objectives import PairObjective, SupervisedObjective
 from stages.model.optim import count_steps
-from stages.model.pairs import PairForward, autocast
+from stages.model.pairs import COMPILED_LENGTH, PairForward, autocast, check_exact, placed
 from stages.model.random_init import make_random_model
-from stages.model.save import save_model, source_dtype
-from stages.objective.losses import PairLossOptions, pair_losses
+from stages.model.save import save_model, saved_dtype
+from stages.model.sharding import gathered, open_sharded, shard
+from stages.objective.losses import PairLossOptions
+
+_LN_2_OPTIONS = PairLossOptions(
+    loss="sigmoid",
+    beta=0.1,
+    label_smoothing=0.0,
+    length_normalized=False,
+    reference_free=False,
+    nll_weight=0.0,
+)
 
 
 class Learner:
@@ -25,21 +40,20 @@ class Learner:
 
     def __init__(
         self,
-        model: Any,
-        make_objective: Callable[[PairForward], Objective],
+        forward: PairForward,
+        objective: PairObjective | SupervisedObjective,
         config: OptimConfig,
         seed: int,
-        renderer: Renderer,
+        group: Group,
+        dtype: torch.dtype,
     ) -> None:
-        """Place the model on accelerate's device and choose how pairs go through it."""
-        self._accelerator = make_accelerator()
-        self._model = model.to(self._accelerator.device)
-        self._dtype = source_dtype(model, config.weights_dtype)
-        self._forward = PairForward(model, config.attention, renderer.pad_token_id)
-        self._objective = make_objective(self._forward)
+        """Hold a model that stands where it will be trained; `dtype` is that of what is saved."""
+        self._forward = forward
+        self._objective = objective
         self._config = config
         self._seed = seed
-        self._renderer = renderer
+        self._group = group
+        self._dtype = dtype
 
     @property
     def mode(self) -> str:
@@ -49,49 +63,66 @@ class Learner:
     @property
     def num_parameters(self) -> int:
         """Number of weights."""
-        return sum(p.numel() for p in self._model.parameters())
+        return sum(p.numel() for p in self._forward.model.parameters())
 
     @property
     def total_steps(self) -> int:
         """Number of optimizer steps that `train` takes."""
         return count_steps(self._objective.num_rows, self._config)
 
-    def train(self, on_step: Callable[[Step], None]) -> None:
-        """Take all steps; see `fit`."""
-        fit(self._model, self._objective, self._config, self._seed, self._accelerator, on_step)
+    def check_exact(self) -> None:
+        """Compare the fast way through the model with its slow twin on some rows of the data."""
+        store = self._objective.store
+        rows = batch_rows(0, len(store), self._config, self._seed)
+        pairs = [pair_tokens(store.row(i)) for i in rows]
+        check_exact(self._forward, pairs, self._config, self._group.highest)
 
-    def save(self, folder: Path, tokenizer_dir: Path) -> None:
-        """Write the model folder; the learner is of no use afterwards."""
-        save_model(self._model, folder, tokenizer_dir, self._renderer.template, self._dtype)
+    def train(self, on_step: Callable[[Step], None], checkpoints: Checkpoints | None) -> None:
+        """Take all steps; see `fit`."""
+        tell = on_step if self._group.rank == 0 else _nothing
+        fit(
+            self._forward,
+            self._objective,
+            self._config,
+            self._seed,
+            self._group,
+            tell,
+            checkpoints,
+        )
+
+    def save(self, folder: Path, renderer: Renderer, tokenizer_dir: Path) -> None:
+        """Gather the weights, and let rank 0 write the model folder."""
+        state = gathered(self._forward.model, self._group, self._dtype)
+        if state is not None:
+            save_model(self._forward.model, state, folder, tokenizer_dir, renderer.template)
 
     def sigmoid_loss(self, beta: float) -> float:
         """Return the sigmoid loss of the first batch of pairs, without any update.
 
         While the player still is the reference it is ln 2, whatever β and the recipe's loss are.
         """
-        assert isinstance(self._objective, PairObjective), "only pairs have this loss"
-        rows = batch_rows(0, self._objective.num_rows, self._config, self._seed)
-        options = PairLossOptions(
-            loss="sigmoid",
-            beta=beta,
-            label_smoothing=0.0,
-            length_normalized=False,
-            reference_free=False,
-            nll_weight=0.0,
-        )
-        total = 0.0
-        for micro in self._objective.micro_batches(rows):
-            stored = [self._objective.store.row(rows[i]) for i in micro]
-            device = self._accelerator.device
-            with torch.inference_mode(), autocast(device, self._config.precision):
-                policy = self._forward([pair_tokens(row) for row in stored])
-            losses_B = pair_losses(policy, stored_reference(stored, policy), options).losses_B
-            total += float(losses_B.double().sum())
-        return total / len(rows)
+        objective = self._objective
+        assert isinstance(objective, PairObjective), "only pairs have this loss"
+        rows = batch_rows(0, objective.num_rows, self._config, self._seed)
+        total = torch.zeros((), dtype=torch.float64, device=self._group.device)
+        of_pairs = replace(objective, control=False)
+        for micro in objective.prepare(rows, self._group.rank, self._group.num_ranks):
+            with torch.no_grad(), autocast(self._group.device, self._config.precision):
+                part, _ = of_pairs.loss_with(
+                    placed(micro, self._group.device), replace(_LN_2_OPTIONS, beta=beta)
+                )
+            total += part
+        self._group.add_up(total)
+        return float(total)
 
 
 def open_player(
-    model_dir: Path, store: RowStore, config: TrainConfig, seed: int, renderer: Renderer
+    model_dir: Path,
+    store: RowStore,
+    config: TrainConfig,
+    seed: int,
+    renderer: Renderer,
+    group: Group,
 ) -> Learner:
     """Return the player: the opponent's weights, to be trained on scored pairs."""
     options = PairLossOptions(
@@ -102,23 +133,61 @@ def open_player(
         reference_free=config.reference_free,
         nll_weight=config.nll_weight,
     )
-    return Learner(
-        load_model(model_dir),
-        lambda forward: PairObjective(store, forward, config, options, config.control),
-        config,
-        seed,
-        renderer,
-    )
+    forward = _open(model_dir, store, config, renderer, group)
+    objective = PairObjective(store, forward, config, options, config.control)
+    dtype = saved_dtype(config.weights_dtype, model_dir)
+    return Learner(forward, objective, config, seed, group, dtype)
 
 
 def open_student(
-    model_dir: Path | None, store: RowStore, config: SftConfig, seed: int, renderer: Renderer
+    model_dir: Path | None,
+    store: RowStore,
+    config: SftConfig,
+    seed: int,
+    renderer: Renderer,
+    group: Group,
 ) -> Learner:
     """Return the model of sft: a base model's weights, or random ones where there is none."""
-    if model_dir is None:
-        model = make_random_model(config.architecture, renderer, seed)
-    else:
-        model = load_model(model_dir)
-    return Learner(
-        model, lambda forward: SupervisedObjective(store, forward, config), config, seed, renderer
-    )
+    start: Any = model_dir or make_random_model(config.architecture, renderer, seed)
+    forward = _open(start, store, config, renderer, group)
+    objective = SupervisedObjective(store, forward, config)
+    dtype = saved_dtype(config.weights_dtype, model_dir)
+    return Learner(forward, objective, config, seed, group, dtype)
+
+
+def _open(
+    start: Path | Any, store: RowStore, config: OptimConfig, renderer: Renderer, group: Group
+) -> PairForward:
+    """Return a model, from a folder or as it is, ready to be trained by the ranks of a group."""
+    if group.num_ranks > 1 and config.attention == "single":
+        raise ConfigError(
+            "attention=single is the slow way that others are compared with, in one process; "
+            f"with {group.num_ranks} take auto"
+        )
+
+    def wrap(model: Any) -> PairForward:
+        apply_activation_checkpointing(model, config.activation_checkpointing)
+        forward = PairForward(
+            model,
+            config.attention,
+            renderer.pad_token_id,
+            max_tokens=store.longest,
+            pad_to_multiple=COMPILED_LENGTH if config.compile else 1,
+        )
+        if config.compile:
+            compile_layers(model)
+        return forward
+
+    sharded = group.num_ranks > 1 or config.sharding.cpu_offload
+    if sharded and isinstance(start, Path):
+        return open_sharded(start, wrap, group, config.sharding, config.precision)
+    model = load_model(start) if isinstance(start, Path) else start
+    if not sharded:
+        return wrap(model.to(group.device))
+    forward = wrap(model)
+    shard(forward, group, config.sharding, config.precision)
+    return forward
+
+
+def _nothing(step: Step) -> None:
+    """Leave the telling to rank 0."""

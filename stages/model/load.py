@@ -1,5 +1,6 @@
 """Loading models: safetensors only, and no code from them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,35 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation=_attention(_config(path)),
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model {path} cannot be loaded: {reason}") from error
+        raise _refusal(path, error) from error
     return model.eval()
+
+
+def load_skeleton(path: Path) -> Any:
+    """Return the model of a folder in fp32, its weights without memory and its buffers filled.
+
+    Raises:
+        InputError: the folder holds no loadable model.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        model = _empty(_config(path))
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _refusal(path, error) from error
+    return model.eval()
+
+
+def empty_copy(model: Any) -> Any:
+    """Return a plain model of the same configuration, its weights without memory."""
+    empty = _empty(model.config)
+    empty.generation_config = model.generation_config
+    return empty
 
 
 def best_device() -> torch.device:
@@ -38,3 +62,39 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _empty(config: Any) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            attn_implementation=_attention(config),
+        )
+    model.tie_weights()
+    return model
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def _attention(config: Any) -> str:
+    """Return torch's own attention, or the plain one for a family that the former cannot serve."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "eager"  # torch's kernel leaves the soft cap out
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+
+
+def _refusal(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:300]
+    return InputError(f"model {path} cannot be loaded: {reason}")

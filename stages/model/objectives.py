@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.config import ForwardConfig
 from stages.data.store import RowStore
 from stages.data.tokens import pair_tokens
-from stages.model.pairs import PairForward
+from stages.model.pairs import PairForward, PairInput
 from stages.objective.losses import PairLogprobs, PairLossOptions, pair_losses
 
 PAIR_METRICS = (
@@ -21,6 +21,22 @@ PAIR_METRICS = (
     "chosen_logprob",
     "rejected_logprob",
 )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one forward pass, ready to be computed, as a part of a global batch."""
+
+    inputs: PairInput
+    reference_B2: Tensor | None
+    """The reference's log-probabilities of (chosen, rejected); None in supervised training."""
+    win_probability_B: Tensor | None
+    rows_in_batch: int
+    """Rows of the whole global batch, on all ranks."""
+    chosen_tokens_in_batch: int
+    """Chosen tokens of the whole global batch."""
+    weight: float
+    """1, or 0 for a row that a rank computes only because others have one more than it."""
 
 
 @dataclass
@@ -36,21 +52,29 @@ class _RowObjective:
         """Number of rows in the training set."""
         return len(self.store)
 
-    def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """See `fit.Objective`."""
-        pairs = [pair_tokens(self.store.row(i)) for i in rows]
-        return self.forward.micro_batches(
-            pairs, self.config.token_budget, self.config.micro_batch_size
-        )
-
     def tokens(self, rows: Sequence[int]) -> int:
         """See `fit.Objective`."""
         return int(self.store.lengths_N[list(rows)].sum())
 
-    def chosen_nll(self, policy: PairLogprobs, batch: Sequence[int]) -> Tensor:
-        """Return this part of the batch's mean negative log-likelihood a chosen token."""
-        batch_tokens = sum(len(self.store.row(i)["chosen_token_ids"]) for i in batch)
-        return -policy.chosen_B.sum() / batch_tokens
+    def prepare(self, rows: Sequence[int], rank: int, num_ranks: int) -> list[MicroBatch]:
+        """See `fit.Objective`. Touches no model: it may run beside a forward pass."""
+        stored = [self.store.row(i) for i in rows]
+        pairs = [pair_tokens(row) for row in stored]
+        parts = self.forward.micro_batches(
+            pairs, self.config.token_budget, self.config.micro_batch_size, num_ranks
+        )
+        chosen_tokens = sum(len(pair.chosen) for pair in pairs)
+        return [
+            MicroBatch(
+                inputs=self.forward.lay_out([pairs[i] for i in part or (0,)]),
+                reference_B2=_reference([stored[i] for i in part or (0,)]),
+                win_probability_B=_win_probabilities([stored[i] for i in part or (0,)]),
+                rows_in_batch=len(rows),
+                chosen_tokens_in_batch=chosen_tokens,
+                weight=1.0 if part else 0.0,
+            )
+            for part in parts[rank]
+        ]
 
 
 @dataclass
@@ -65,12 +89,21 @@ class PairObjective(_RowObjective):
     control: bool = False
     metric_names: tuple[str, ...] = PAIR_METRICS
 
-    def loss(self, rows: Sequence[int], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """See `fit.Objective`; the batch's loss is the mean over its pairs."""
-        stored = [self.store.row(i) for i in rows]
-        policy = self.forward([pair_tokens(row) for row in stored])
-        reference = stored_reference(stored, policy)
-        out = pair_losses(policy, reference, self.options, _win_probabilities(stored, policy))
+        return self.loss_with(batch, self.options)
+
+    def loss_with(self, batch: MicroBatch, options: PairLossOptions) -> tuple[Tensor, Tensor]:
+        """As `loss`, with other options."""
+        policy = self.forward(batch.inputs)
+        assert batch.reference_B2 is not None, "pairs have a reference"
+        reference = PairLogprobs(
+            batch.reference_B2[:, 0],
+            batch.reference_B2[:, 1],
+            policy.chosen_tokens_B,
+            policy.rejected_tokens_B,
+        )
+        out = pair_losses(policy, reference, options, batch.win_probability_B)
         metrics = (
             out.accuracies_B,
             out.margins_B,
@@ -79,8 +112,12 @@ class PairObjective(_RowObjective):
             policy.chosen_B,
             policy.rejected_B,
         )
-        loss = self.chosen_nll(policy, batch) if self.control else out.losses_B.sum() / len(batch)
-        return loss, torch.stack([m.detach().sum() for m in metrics])
+        sums = torch.stack([m.detach().sum() for m in metrics])
+        if self.control:
+            loss = -policy.chosen_B.sum() / batch.chosen_tokens_in_batch
+        else:
+            loss = out.losses_B.sum() / batch.rows_in_batch
+        return loss * batch.weight, sums * batch.weight
 
 
 @dataclass
@@ -89,25 +126,20 @@ class SupervisedObjective(_RowObjective):
 
     metric_names: tuple[str, ...] = ()
 
-    def loss(self, rows: Sequence[int], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """See `fit.Objective`."""
-        policy = self.forward([pair_tokens(self.store.row(i)) for i in rows])
-        return self.chosen_nll(policy, batch), torch.zeros(0)
+        policy = self.forward(batch.inputs)
+        loss = -policy.chosen_B.sum() / batch.chosen_tokens_in_batch
+        return loss * batch.weight, torch.zeros(0, device=loss.device)
 
 
-def stored_reference(rows: Sequence[dict[str, Any]], like: PairLogprobs) -> PairLogprobs:
-    """Return the reference's stored log-probabilities of some rows, placed beside `like`."""
-    device = like.chosen_B.device
-    return PairLogprobs(
-        torch.tensor([row["reference_chosen_logprob"] for row in rows], device=device),
-        torch.tensor([row["reference_rejected_logprob"] for row in rows], device=device),
-        like.chosen_tokens_B,
-        like.rejected_tokens_B,
-    )
-
-
-def _win_probabilities(rows: Sequence[dict[str, Any]], like: PairLogprobs) -> Tensor | None:
-    values = [row["win_probability"] for row in rows]
-    if any(value is None for value in values):
+def _reference(rows: Sequence[dict[str, Any]]) -> Tensor | None:
+    if "reference_chosen_logprob" not in rows[0]:
         return None
-    return torch.tensor(values, device=like.chosen_B.device)
+    columns = ("reference_chosen_logprob", "reference_rejected_logprob")
+    return torch.tensor([[row[name] for name in columns] for row in rows])
+
+
+def _win_probabilities(rows: Sequence[dict[str, Any]]) -> Tensor | None:
+    values = [row.get("win_probability") for row in rows]
+    return None if any(value is None for value in values) else torch.tensor(values)

@@ -5,6 +5,7 @@ N = response tokens, D = hidden width, V = vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -74,23 +75,6 @@ def pair_logprobs_shared(
     )
 
 
-class PairModel(nn.Module):
-    """A causal language model whose forward is `pair_logprobs_shared`.
-
-    For `fully_shard` and data-parallel wrappers, which gather parameters and hook gradients
-    around a forward: the base model and the head are then used inside one.
-    """
-
-    def __init__(self, model: PreTrainedModel, chunk_size: int | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.chunk_size = chunk_size
-
-    def forward(self, layout: PairLayout) -> PairLogprobs:
-        """As `pair_logprobs_shared`."""
-        return pair_logprobs_shared(self.model, layout, self.chunk_size)
-
-
 def pair_logprobs_one_at_a_time(
     model: PreTrainedModel, pairs: Sequence[PairTokens]
 ) -> PairLogprobs:
@@ -105,13 +89,29 @@ def pair_logprobs_one_at_a_time(
             logits_1TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits
             scored_T = torch.arange(1, len(ids_T), device=model.device) >= len(pair.prompt)
             sums_S.append(logprobs_from_logits(logits_1TV[:, :-1], ids_T[None, 1:], scored_T[None]))
-    return _interleaved(torch.cat(sums_S), pairs)
+    both_S = torch.cat(sums_S)
+    return PairLogprobs(
+        chosen_B=both_S[0::2].clone(),
+        rejected_B=both_S[1::2].clone(),
+        chosen_tokens_B=torch.tensor([len(pair.chosen) for pair in pairs], device=model.device),
+        rejected_tokens_B=torch.tensor([len(p.rejected) for p in pairs], device=model.device),
+    )
 
 
-def pair_logprobs_padded(
-    model: PreTrainedModel, pairs: Sequence[PairTokens], pad_token_id: int
-) -> PairLogprobs:
-    """The usual way: chosen and rejected sequences as one right-padded batch with all logits."""
+@dataclass(frozen=True)
+class PaddedPairs:
+    """Chosen and rejected sequences, in turns, as one right-padded batch."""
+
+    input_ids_ST: Tensor
+    attention_mask_ST: Tensor
+    scored_ST: Tensor
+    """Which tokens belong to a response."""
+    chosen_tokens_B: Tensor
+    rejected_tokens_B: Tensor
+
+
+def pad_pairs(pairs: Sequence[PairTokens], pad_token_id: int) -> PaddedPairs:
+    """Return pairs as one right-padded batch, on the CPU."""
     sequences = [
         (pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)
     ]
@@ -124,18 +124,26 @@ def pair_logprobs_padded(
         ids_ST[row, :stop] = torch.tensor([*prompt, *response])
         attention_ST[row, :stop] = 1
         scored_ST[row, len(prompt) : stop] = 1
-    ids_ST, scored_ST = ids_ST.to(model.device), scored_ST.to(model.device)
+    return PaddedPairs(
+        ids_ST,
+        attention_ST,
+        scored_ST,
+        chosen_tokens_B=torch.tensor([len(pair.chosen) for pair in pairs]),
+        rejected_tokens_B=torch.tensor([len(pair.rejected) for pair in pairs]),
+    )
+
+
+def pair_logprobs_padded(model: PreTrainedModel, batch: PaddedPairs) -> PairLogprobs:
+    """The usual way: one right-padded batch, with all of its logits."""
     logits_STV = model(
-        input_ids=ids_ST, attention_mask=attention_ST.to(model.device), use_cache=False
+        input_ids=batch.input_ids_ST, attention_mask=batch.attention_mask_ST, use_cache=False
     ).logits
-    sums_S = logprobs_from_logits(logits_STV[:, :-1], ids_ST[:, 1:], scored_ST[:, 1:])
-    return _interleaved(sums_S, pairs)
-
-
-def _interleaved(sums_S: Tensor, pairs: Sequence[PairTokens]) -> PairLogprobs:
+    sums_S = logprobs_from_logits(
+        logits_STV[:, :-1], batch.input_ids_ST[:, 1:], batch.scored_ST[:, 1:]
+    )
     return PairLogprobs(
-        chosen_B=sums_S[0::2],
-        rejected_B=sums_S[1::2],
-        chosen_tokens_B=torch.tensor([len(pair.chosen) for pair in pairs], device=sums_S.device),
-        rejected_tokens_B=torch.tensor([len(p.rejected) for p in pairs], device=sums_S.device),
+        chosen_B=sums_S[0::2].clone(),  # no view: FSDP hooks into what a forward pass returns
+        rejected_B=sums_S[1::2].clone(),
+        chosen_tokens_B=batch.chosen_tokens_B,
+        rejected_tokens_B=batch.rejected_tokens_B,
     )

@@ -8,18 +8,21 @@ import torch
 from stages.config import ForwardConfig
 from stages.data.tokens import PairTokens
 from stages.model.load import best_device, load_model
-from stages.model.pairs import PairForward, autocast
+from stages.model.pairs import PairForward, autocast, check_exact, placed
 
 
 class Scorer:
     """One loaded model that scores pairs."""
 
-    def __init__(self, model_dir: Path, config: ForwardConfig, pad_token_id: int) -> None:
-        """Load the model; see `load_model` for what can go wrong."""
+    def __init__(
+        self, model_dir: Path, config: ForwardConfig, pad_token_id: int, max_tokens: int | None
+    ) -> None:
+        """Load the model; see `load_model` for what can go wrong, `PairForward` for the rest."""
         self._config = config
         self._forward = PairForward(
-            load_model(model_dir).to(best_device()), config.attention, pad_token_id
+            load_model(model_dir).to(best_device()), config.attention, pad_token_id, max_tokens
         )
+        self._is_checked = False
 
     @property
     def mode(self) -> str:
@@ -27,7 +30,14 @@ class Scorer:
         return self._forward.mode
 
     def logprobs(self, pairs: Sequence[PairTokens]) -> list[tuple[float, float]]:
-        """Return the summed log-probabilities of each pair's (chosen, rejected) response."""
+        """Return the summed log-probabilities of each pair's (chosen, rejected) response.
+
+        Raises:
+            DivergedError: the recipe insists on a way that is not exact for this model.
+        """
+        if pairs and not self._is_checked:
+            check_exact(self._forward, pairs, self._config)
+            self._is_checked = True
         return score_pairs(self._forward, pairs, self._config)
 
 
@@ -36,9 +46,11 @@ def score_pairs(
 ) -> list[tuple[float, float]]:
     """Return (chosen, rejected) log-probabilities of each pair, computed in micro-batches."""
     found = [(0.0, 0.0)] * len(pairs)
-    for group in forward.micro_batches(pairs, config.token_budget, config.micro_batch_size):
-        with torch.inference_mode(), autocast(forward.model.device, config.precision):
-            out = forward([pairs[i] for i in group])
+    device = forward.model.device
+    (groups,) = forward.micro_batches(pairs, config.token_budget, config.micro_batch_size)
+    for group in groups:
+        with torch.inference_mode(), autocast(device, config.precision):
+            out = forward(placed(forward.lay_out([pairs[i] for i in group]), device))
         both = zip(out.chosen_B.tolist(), out.rejected_B.tolist(), strict=True)
         for i, logprobs in zip(group, both, strict=True):
             found[i] = logprobs

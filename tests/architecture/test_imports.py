@@ -16,7 +16,8 @@ STAGES = {
 }  # fmt: skip
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
-    "layout", "decisions", "progress", "data", "objective", "model", "engines", "rewards",
+    "layout", "decisions", "progress", "journal", "data", "objective", "model", "engines",
+    "rewards",
 }  # fmt: skip
 OF_A_RUN = {"layout", "run_record", "decisions"}
 # Room → the rooms it may import from. A room is a module or package right below stages/.
@@ -31,6 +32,7 @@ ALLOWED = {
     "model": BASE | {"data", "objective"},
     "engines": BASE | {"data", "objective", "model"},
     "rewards": BASE | {"data", "objective", "model", "engines"},
+    "journal": BASE | {"data", "model", "progress"},
     **dict.fromkeys(STAGES, BELOW_STAGES),
     # A run as a whole.
     "run_record": BASE | {"layout"},

@@ -6,20 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from stages.artifacts import TableWriter
-from stages.config import ScoreConfig, TrainConfig
-from stages.data.rows import SCORED_PAIRS
-from stages.data.store import build_store
-from stages.data.tokens import pair_tokens
+from stages.config import TrainConfig
 from stages.errors import DivergedError
-from stages.model.fit import Step, fit, make_accelerator
+from stages.model.fit import Step, fit
+from stages.model.group import open_group
 from stages.model.load import load_model
+from stages.model.memory import apply_activation_checkpointing
 from stages.model.objectives import PairObjective
 from stages.model.pairs import PairForward
-from stages.model.scoring import score_pairs
 from stages.objective.losses import PairLossOptions
-from stages.score import with_reference
-from stages.train import STORED_COLUMNS, TOKEN_COLUMNS
+from tests.scored_pairs import random_rows, scored_store
 
 LN_2 = 0.693147
 NUM_PAIRS = 12
@@ -31,54 +27,14 @@ def train(
     """Train on random pairs; return the steps and the weights after them."""
     defaults = {"learning_rate": 1e-3, "batch_size": NUM_PAIRS, "precision": "fp32", "epochs": 3}
     config = TrainConfig.model_validate({**defaults, **settings})
-    accelerator = make_accelerator()
-    model = load_model(model_dir)
-    forward = PairForward(model, mode, pad_token_id=2)
-    generator = torch.Generator().manual_seed(0)
-    rows = [_row(i, generator) for i in range(NUM_PAIRS)]
-    logprobs = score_pairs(
-        forward, [pair_tokens(row) for row in rows], ScoreConfig(precision=config.precision)
-    )
-    scored = with_reference(rows, logprobs)
-    for row in scored:
-        row["reference_chosen_logprob"] *= scale
-    file = tmp_path / f"{mode}-{len(list(tmp_path.iterdir()))}.parquet"
-    with TableWriter(file, SCORED_PAIRS) as table:
-        table.extend(scored)
-    store, _ = build_store(
-        [file],
-        SCORED_PAIRS,
-        STORED_COLUMNS,
-        file.with_suffix(".scratch"),
-        token_columns=TOKEN_COLUMNS,
-        keep=lambda lengths: True,
-    )
+    forward = PairForward(load_model(model_dir), mode, pad_token_id=2)
+    apply_activation_checkpointing(forward.model, config.activation_checkpointing)
+    store = scored_store(random_rows(NUM_PAIRS), forward, tmp_path, config.precision, scale)
     options = PairLossOptions(config.loss, config.beta, 0.0, False, False, config.nll_weight)
     objective = PairObjective(store, forward, config, options, config.control)
     steps: list[Step] = []
-    fit(model, objective, config, 0, accelerator, steps.append)
-    return steps, {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def _row(index: int, generator: torch.Generator) -> dict[str, Any]:
-    def tokens(low: int, high: int) -> list[int]:
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, 250, (length,), generator=generator).tolist()
-
-    return {
-        "prompt_id": f"{index:032x}",
-        "pair_index": 0,
-        "prompt_token_ids": tokens(2, 12),
-        "chosen_token_ids": [*tokens(1, 12), 1],
-        "rejected_token_ids": [*tokens(1, 12), 1],
-        "chosen": "",
-        "rejected": "",
-        "chosen_source": "human",
-        "rejected_source": "sample 0",
-        "chosen_reward": None,
-        "rejected_reward": None,
-        "win_probability": None,
-    }
+    fit(forward, objective, config, 0, open_group(config), steps.append)
+    return steps, {name: p.detach().clone() for name, p in forward.model.named_parameters()}
 
 
 def assert_same(
@@ -117,7 +73,7 @@ def test_gradient_checkpointing_changes_nothing(
     tiny_model_dir: Path, tmp_path: Path, mode: Any
 ) -> None:
     plain = train(tiny_model_dir, tmp_path, mode)
-    assert_same(train(tiny_model_dir, tmp_path, mode, gradient_checkpointing=True), plain)
+    assert_same(train(tiny_model_dir, tmp_path, mode, activation_checkpointing="full"), plain)
 
 
 @pytest.mark.parametrize("mode", ["shared", "padded"])

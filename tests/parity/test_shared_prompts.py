@@ -23,12 +23,13 @@ from stages.model.attention import (
     supports_shared,
 )
 from stages.model.pair_forward import (
-    PairModel,
+    pad_pairs,
     pair_logprobs_one_at_a_time,
     pair_logprobs_padded,
     pair_logprobs_shared,
     supports_chunked_head,
 )
+from stages.model.pairs import PairForward
 from stages.objective.losses import PairLogprobs
 
 VOCABULARY, PAD = 97, 0
@@ -129,7 +130,7 @@ def one_at_a_time(model: PreTrainedModel) -> PairLogprobs:
 
 def padded(model: PreTrainedModel) -> PairLogprobs:
     with attention_implementation(model, "sdpa"):
-        return pair_logprobs_padded(model, PAIRS, PAD)
+        return pair_logprobs_padded(model, pad_pairs(PAIRS, PAD))
 
 
 def packed(model: PreTrainedModel) -> PairLogprobs:
@@ -293,12 +294,13 @@ def test_a_row_without_rejected_response_is_scored_on_its_chosen_alone(share: bo
     )
 
 
-def test_pair_model_gives_the_same() -> None:
+def test_the_module_gives_the_same() -> None:
     model = tiny_model("llama")
     model.set_attn_implementation(ATTENTION_NAME)
     layout = build_layout(PAIRS, share=True)
     assert torch.equal(
-        PairModel(model)(layout).chosen_B, pair_logprobs_shared(model, layout).chosen_B
+        PairForward(model, "shared", PAD)(layout).chosen_B,
+        pair_logprobs_shared(model, layout).chosen_B,
     )
 
 

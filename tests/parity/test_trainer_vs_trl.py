@@ -5,19 +5,14 @@ from typing import Any
 
 import pytest
 
-from stages.artifacts import TableWriter
-from stages.config import ScoreConfig, TrainConfig
-from stages.data.rows import SCORED_PAIRS
-from stages.data.store import RowStore, build_store
-from stages.data.tokens import pair_tokens
-from stages.model.fit import Step, fit, make_accelerator
+from stages.config import TrainConfig
+from stages.model.fit import Step, fit
+from stages.model.group import open_group
 from stages.model.load import load_model
 from stages.model.objectives import PairObjective
 from stages.model.pairs import PairForward
-from stages.model.scoring import score_pairs
 from stages.objective.losses import PairLossOptions
-from stages.score import with_reference
-from stages.train import STORED_COLUMNS, TOKEN_COLUMNS
+from tests.scored_pairs import NO_TEXT, scored_store
 
 trl = pytest.importorskip("trl", reason="needs the dev extra (trl)")
 
@@ -99,43 +94,15 @@ def _our_steps(model_dir: Path, tmp_path: Path, rows: list[Any], mode: Any) -> l
         precision="fp32",
         beta=BETA,
     )
-    model = load_model(model_dir)
-    store = _store(rows, PairForward(model, mode, 0), tmp_path)
+    forward = PairForward(load_model(model_dir), mode, 0)
+    full = [{"prompt_id": f"{i:032x}", **NO_TEXT, **row} for i, row in enumerate(rows)]
+    store = scored_store(full, forward, tmp_path)
     objective = PairObjective(
         store=store,
-        forward=PairForward(model, mode, 0),
+        forward=forward,
         options=PairLossOptions("sigmoid", BETA, 0.0, False, False, 0.0),
         config=config,
     )
     steps: list[Step] = []
-    fit(model, objective, config, 0, make_accelerator(), steps.append)
+    fit(forward, objective, config, 0, open_group(config), steps.append)
     return steps
-
-
-def _store(rows: list[Any], forward: PairForward, tmp_path: Path) -> RowStore:
-    blank = {
-        "pair_index": 0,
-        "chosen": "",
-        "rejected": "",
-        "chosen_source": "human",
-        "rejected_source": "sample 0",
-        "chosen_reward": None,
-        "rejected_reward": None,
-        "win_probability": None,
-    }
-    full = [{"prompt_id": f"{i:032x}", **blank, **row} for i, row in enumerate(rows)]
-    logprobs = score_pairs(
-        forward, [pair_tokens(row) for row in full], ScoreConfig(precision="fp32")
-    )
-    scored = with_reference(full, logprobs)
-    with TableWriter(tmp_path / "pairs.parquet", SCORED_PAIRS) as table:
-        table.extend(scored)
-    store, _ = build_store(
-        [tmp_path / "pairs.parquet"],
-        SCORED_PAIRS,
-        STORED_COLUMNS,
-        tmp_path / "scratch",
-        token_columns=TOKEN_COLUMNS,
-        keep=lambda lengths: True,
-    )
-    return store

@@ -1,0 +1,393 @@
+"""The processes that train one model together: how they start, agree, and end.
+
+A rank is one process with one GPU, or with a share of the CPU. Three ways lead to several:
+`processes=N` starts them here, on this machine; `torchrun` and `accelerate launch` start the whole
+command N times, on one machine or many. Then rank 0 makes the artifact as a single process would,
+and the others follow it: they only train.
+"""
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stages.artifacts import Manifest, read_manifest
+from stages.artifacts.produce import peak_memory_bytes
+from stages.config import OptimConfig
+from stages.errors import ConfigError, SpinError
+
+if TYPE_CHECKING:  # torch is loaded only when there is something to train
+    import torch
+
+log = logging.getLogger("spin")
+
+STOP_GRACE_S = 60.0
+"""After a signal, for ranks that write their last checkpoint."""
+FAIL_GRACE_S = 2.0
+"""After one rank failed, for the others to notice by themselves."""
+TIMEOUT_S = 24 * 3600
+"""Of waiting for other ranks on the CPU: rank 0 may hash and read for hours before it trains."""
+_PR_SET_PDEATHSIG = 1
+_SIGNAL_EXIT = 128
+
+Job = TypeVar("Job")
+Report = TypeVar("Report")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One process's view of the ranks that train together."""
+
+    rank: int
+    num_ranks: int
+    device: "torch.device"
+
+    def highest(self, value: int) -> int:
+        """Return the highest of all ranks' values; waits for the others, not for a GPU."""
+        if self.num_ranks == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def add_up(self, tensor: "torch.Tensor") -> None:
+        """Replace a tensor on this rank's device by its sum over all ranks."""
+        if self.num_ranks > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+
+
+def open_group(config: OptimConfig) -> Group:
+    """Join accelerate's process group, as the environment tells it, and take a device.
+
+    Precision stays ours (`pairs.autocast`): accelerate's is one for the whole process, while the
+    stages of a run may differ.
+
+    Raises:
+        ConfigError: GPUs are asked for, and there are fewer than processes.
+    """
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and torch.cuda.device_count() < local_ranks:
+        raise ConfigError(
+            f"{local_ranks} processes on this machine, and torch sees {torch.cuda.device_count()} "
+            "GPUs: start as many processes as there are GPUs, or train on the CPU (device=cpu)"
+        )
+    launched = is_launched()
+    if (launched or config.sharding.cpu_offload) and not dist.is_initialized():
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        timeout = datetime.timedelta(seconds=TIMEOUT_S)
+        if launched:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = torch._C._distributed_c10d.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    if launched:
+        if on_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        state = PartialState(cpu=on_cpu)
+        device, rank, num_ranks = state.device, state.process_index, state.num_processes
+    else:
+        cuda = torch.device("cuda", 0 if on_cpu else torch.cuda.current_device())
+        device, rank, num_ranks = torch.device("cpu") if on_cpu else cuda, 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Group(rank, num_ranks, device)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What training took."""
+
+    processes: int
+    peak_memory_bytes: int
+    """The most memory that rank 0 had at a time."""
+    peak_gpu_memory_bytes: int | None
+    """The same of its GPU, None without one."""
+
+    def info(self) -> dict[str, int]:
+        """Return what a manifest tells of it."""
+        found = {"processes": self.processes}
+        if self.peak_gpu_memory_bytes is not None:
+            found["peak_gpu_memory_bytes"] = self.peak_gpu_memory_bytes
+        return found
+
+
+def resources(group: Group) -> Resources:
+    """Return what this rank took until now."""
+    gpu = None
+    if group.device.type == "cuda":
+        import torch
+
+        gpu = torch.cuda.max_memory_allocated(group.device)
+    return Resources(group.num_ranks, peak_memory_bytes(), gpu)
+
+
+def is_launched() -> bool:
+    """Tell whether this process is one of several that a launcher, or `together`, started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_follower() -> bool:
+    """Tell whether this process is one of several and not the first."""
+    return is_launched() and int(os.environ.get("RANK", "0")) > 0
+
+
+# -- Several processes that a launcher started ----------------------------------------------------
+
+
+@contextmanager
+def leading(config: OptimConfig) -> Iterator[None]:
+    """Let the followers go when the block ends, where there are any; see `follow`."""
+    if not is_launched():
+        yield
+        return
+    open_group(config)
+    _Sent.job = False
+    try:
+        yield
+    except BaseException:
+        if not _Sent.job:  # else they failed as well, or will see that this process is gone
+            _broadcast(("failed", None))
+        raise
+    _broadcast(("done", None))
+
+
+def follow(config: OptimConfig, work: Callable[[Job], Report], out: Path) -> Manifest:
+    """Do what rank 0 does with a model; it alone writes `out`.
+
+    Returns:
+        The manifest that rank 0 wrote or found.
+
+    Raises:
+        SpinError: rank 0 failed; it tells why.
+    """
+    open_group(config)
+    while True:
+        try:
+            kind, job = _broadcast(None)
+        except RuntimeError as error:  # its connection is gone
+            raise SpinError("rank 0 ended early; see its message") from error
+        if kind == "failed":
+            raise SpinError("rank 0 failed; see its message")
+        if kind == "done":
+            return read_manifest(out)
+        work(job)
+
+
+class _Sent:
+    job = False
+
+
+def _broadcast(message: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    box = [message]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+# -- Work together --------------------------------------------------------------------------------
+
+
+def together(work: Callable[[Job], Report], job: Job, config: OptimConfig) -> Report:
+    """Call `work(job)` in every rank and return rank 0's report.
+
+    With one process it is a plain call; under a launcher rank 0 tells the job to those that
+    follow; else `config.processes` are started, which end with this one however it ends.
+
+    Args:
+        work: a function of a module, so that another process can find it.
+        job: can be pickled, like the report.
+
+    Raises:
+        SpinError: a rank raised it, or ended without a word.
+    """
+    if is_launched():
+        if config.processes not in (1, int(os.environ["WORLD_SIZE"])):
+            raise ConfigError(
+                f"processes={config.processes}, but the launcher started "
+                f"{os.environ['WORLD_SIZE']}; leave one of the two out"
+            )
+        _broadcast(("job", job))
+        _Sent.job = True
+        return work(job)
+    if config.processes == 1:
+        return work(job)
+    report: Report = _Crew(work, job, config.processes).report()
+    return report
+
+
+class _Crew:
+    """Ranks started by this process, and watched by it."""
+
+    def __init__(self, work: Callable[[Any], Any], job: Any, num_ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        level = log.getEffectiveLevel()
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            place = _Place(rank, num_ranks, port, level, os.getpid())
+            process = context.Process(
+                target=_serve, args=(place, work, job, theirs), name=f"spin rank {rank}"
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def report(self) -> Any:
+        try:
+            return self._receive()
+        except BaseException as error:
+            self._stop(None if isinstance(error, SpinError) else signal.SIGTERM)
+            raise
+        finally:
+            for pipe in self._pipes:
+                pipe.close()
+
+    def _receive(self) -> Any:
+        """Wait until all ranks ended well; the first that did not decides the error."""
+        reports: dict[int, Any] = {}
+        while len(reports) < len(self._pipes):
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in reports]
+            for pipe in wait(waiting):
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                reports[rank] = self._message(rank)
+        for process in self._processes:
+            process.join()
+        return reports[0]
+
+    def _message(self, rank: int) -> Any:
+        try:
+            kind, content = self._pipes[rank].recv()
+        except (EOFError, OSError):
+            process = self._processes[rank]
+            process.join(FAIL_GRACE_S)
+            raise SpinError(
+                f"rank {rank} of {len(self._pipes)} ended without a word "
+                f"({_ending(process.exitcode)}); the system's log may tell more"
+            ) from None
+        if kind == "error":
+            raise content
+        if kind == "bug":
+            raise RuntimeError(f"rank {rank} of {len(self._pipes)}:\n{content}")
+        return content
+
+    def _stop(self, number: int | None) -> None:
+        """End all ranks: with a signal they may write a checkpoint first."""
+        grace = FAIL_GRACE_S if number is None else STOP_GRACE_S
+        deadline = time.monotonic() + grace
+        for process in self._processes:
+            if number is not None and process.is_alive() and process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+        try:
+            for process in self._processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:  # also where a second signal does not want to wait
+            for process in self._processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+@dataclass(frozen=True)
+class _Place:
+    rank: int
+    num_ranks: int
+    port: int
+    log_level: int
+    parent: int
+
+
+def _serve(place: _Place, work: Callable[[Any], Any], job: Any, pipe: Connection) -> None:
+    """Be one rank, in a process of its own."""
+    _end_with(place.parent)
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent tells us
+    os.environ |= {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.rank),
+        "WORLD_SIZE": str(place.num_ranks),
+        "LOCAL_WORLD_SIZE": str(place.num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(place.port),
+    }
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(place.log_level if place.rank == 0 else logging.ERROR)  # the others say the same
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // place.num_ranks))
+    try:
+        message = ("report", work(job))
+    except SystemExit as error:
+        os._exit(int(error.code or 0))
+    except SpinError as error:
+        message = ("error", error)
+    except Exception:  # noqa: BLE001 told to the parent, which ends with it
+        message = ("bug", traceback.format_exc())
+    with contextlib.suppress(OSError):
+        pipe.send(message)
+    pipe.close()
+    sys.stderr.flush()
+    os._exit(0)  # process groups and threads of libraries are left behind, not waited for
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(_SIGNAL_EXIT + number)
+
+
+def _end_with(parent: int) -> None:
+    """End this process with its parent, whatever it is doing: it must not write on alone."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only; the thread does elsewhere
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "still there"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

@@ -1,0 +1,172 @@
+"""Two processes with `fully_shard` against one: the very code that GPUs run, over gloo."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages import train
+from stages.artifacts import Manifest, read_manifest
+from stages.config import OptimConfig, RunConfig
+from stages.errors import ConfigError, DivergedError, SpinError
+from stages.model.group import together
+from tests.scored_pairs import random_rows, scored_artifact, train_inputs
+from tests.sharding_work import FamilyJob, end_by_signal, fail_on_rank_1, gather_family
+
+NUM_PAIRS = 20
+SETTINGS = {"learning_rate": 1e-3, "batch_size": 6, "epochs": 3, "precision": "fp32"}
+
+
+@pytest.fixture(scope="session")
+def scored(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = RunConfig.model_validate({"score": {"precision": "fp32"}})
+    folder = tmp_path_factory.mktemp("scored")
+    return scored_artifact(random_rows(NUM_PAIRS), tiny_model_dir, folder, config)
+
+
+def trained(scored: Path, model_dir: Path, out: Path, **settings: Any) -> Manifest:
+    values = {"train": {**SETTINGS, **settings}, "score": {"precision": "fp32"}}
+    return train.run(RunConfig.model_validate(values), train_inputs(scored, model_dir), out)
+
+
+@pytest.fixture(scope="session")
+def alone(scored: Path, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "train"
+    trained(scored, tiny_model_dir, out)
+    return out
+
+
+def assert_same_training(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    ours, theirs = (pq.read_table(out / "metrics.parquet").to_pylist() for out in (one, other))
+    assert len(ours) == len(theirs) >= 10
+    for a, b in zip(ours, theirs, strict=True):
+        for name, value in a.items():
+            if name == "accuracy" and abs(a["margin"]) < 1e-5:  # ties, until the first update
+                continue
+            assert value == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
+    weights, others = (load_file(out / "model.safetensors") for out in (one, other))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention": "padded", "micro_batch_size": 2},
+        {"sharding": {"group_size": 1}, "activation_checkpointing": "full"},
+        {"sharding": {"reshard_after_forward": False, "cpu_offload": True}, "token_budget": 40},
+    ],
+    ids=["shared", "padded", "hybrid", "offload"],
+)
+def test_two_processes_take_the_same_steps_as_one(
+    scored: Path, tiny_model_dir: Path, alone: Path, tmp_path: Path, settings: Any
+) -> None:
+    manifest = trained(scored, tiny_model_dir, tmp_path / "two", processes=2, **settings)
+    assert manifest.info["processes"] == 2
+    if settings.keys() <= {"sharding", "activation_checkpointing"}:  # they change only the speed
+        assert manifest.key == read_manifest(alone).key
+    assert_same_training(tmp_path / "two", alone)
+
+
+def test_a_batch_smaller_than_the_number_of_processes(
+    scored: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    one_row = {"batch_size": 1, "max_steps": 10, "device": "cpu"}
+    for processes in (1, 2):
+        trained(scored, tiny_model_dir, tmp_path / str(processes), processes=processes, **one_row)
+    assert_same_training(tmp_path / "2", tmp_path / "1")
+
+
+def test_bf16_on_two_processes_stays_near_one(
+    scored: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        trained(scored, tiny_model_dir, out, processes=processes, precision="bf16")
+    assert_same_training(tmp_path / "2", tmp_path / "1", tolerance=1e-2)
+
+
+def test_offloading_in_one_process_changes_nothing(
+    scored: Path, tiny_model_dir: Path, alone: Path, tmp_path: Path
+) -> None:
+    trained(scored, tiny_model_dir, tmp_path / "out", sharding={"cpu_offload": True})
+    same = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert same == (alone / "model.safetensors").read_bytes()
+
+
+def test_the_result_opens_as_a_plain_model(alone: Path, tiny_model_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(alone)
+    before = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    ours, theirs = model.config.to_dict(), before.config.to_dict()
+    assert ours | {"_name_or_path": ""} == theirs | {"_name_or_path": ""}
+    assert model.generation_config.eos_token_id == before.generation_config.eos_token_id
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_saved_in_the_type_they_came_in(
+    scored: Path, tiny_model_dir: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((tiny_model_dir / name).read_bytes())
+    trained(scored, folder, tmp_path / "out", max_steps=1)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == dtype
+
+
+def test_every_family_is_read_in_parts_and_gathered_whole(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    gpt2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    jobs = []
+    for family in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2"):
+        for tied in (True, False):
+            config = AutoConfig.for_model(
+                family, **(gpt2 if family == "gpt2" else sizes), tie_word_embeddings=tied
+            )
+            folder = tmp_path / f"{family}-{tied}"
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="5KB")
+            jobs.append(FamilyJob(folder, folder.with_suffix(".gathered")))
+    together(gather_family, jobs, OptimConfig(processes=2))
+    for job in jobs:
+        before = AutoModelForCausalLM.from_pretrained(job.folder).state_dict()
+        after = AutoModelForCausalLM.from_pretrained(job.out).state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before), job.folder
+
+
+def test_what_cannot_be_divided_is_refused(
+    scored: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="group_size=3 does not divide 2 processes"):
+        trained(scored, tiny_model_dir, tmp_path / "a", processes=2, sharding={"group_size": 3})
+    with pytest.raises(ConfigError, match="attention=single is the slow way"):
+        trained(scored, tiny_model_dir, tmp_path / "b", processes=2, attention="single")
+    with pytest.raises(ConfigError, match="1 processes on this machine, and torch sees 0 GPUs"):
+        trained(scored, tiny_model_dir, tmp_path / "c", device="cuda")
+
+
+def test_a_rank_that_fails_ends_all_with_its_error() -> None:
+    with pytest.raises(DivergedError, match="rank 1 says no"):
+        together(fail_on_rank_1, None, OptimConfig(processes=2))
+
+
+def test_a_rank_that_is_killed_is_an_error_and_no_hang() -> None:
+    with pytest.raises(SpinError, match="rank 1 of 2 ended without a word .killed by SIGKILL"):
+        together(end_by_signal, None, OptimConfig(processes=2))
