@@ -114,11 +114,21 @@ def fit(
     Raises:
         DivergedError: a loss or gradient is NaN or infinite; the update was not made.
     """
-    forward.train()
-    _disable_dropout(forward)
+    make_ready(forward)
     loop = _Loop(forward, objective, config, seed, group, on_step, checkpoints)
     loop.run()
     forward.eval()
+
+
+def make_ready(forward: nn.Module) -> None:
+    """Put a model into training mode, without any dropout, whatever a family calls it."""
+    forward.train()
+    for module in forward.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def batch_rows(step: int, num_rows: int, config: OptimConfig, seed: int) -> list[int]:
@@ -348,9 +358,3 @@ def _refuse_non_finite(step: int, loss: float, norm: float) -> None:
                 f"step {step}: the {name} is {value}; stopped before the update. Lower the "
                 "learning rate, or try precision=fp32"
             )
-
-
-def _disable_dropout(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0

@@ -13,7 +13,7 @@ from stages.data.store import RowStore
 from stages.data.tokens import pair_tokens
 from stages.errors import ConfigError
 from stages.model.checkpoints import Checkpoints
-from stages.model.fit import Step, batch_rows, fit
+from stages.model.fit import Step, batch_rows, fit, make_ready
 from stages.model.group import Group
 from stages.model.load import load_model
 from stages.model.memory import apply_activation_checkpointing, compile_layers
@@ -48,6 +48,7 @@ class Learner:
         dtype: torch.dtype,
     ) -> None:
         """Hold a model that stands where it will be trained; `dtype` is that of what is saved."""
+        make_ready(forward)  # before any check, which then sees what training will see
         self._forward = forward
         self._objective = objective
         self._config = config
@@ -166,6 +167,12 @@ def _open(
         )
 
     def wrap(model: Any) -> PairForward:
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room is not None and store.longest > room:
+            raise ConfigError(
+                f"the longest row has {store.longest} tokens, and the model takes {room}; "
+                f"set max_length={room} or less"
+            )
         apply_activation_checkpointing(model, config.activation_checkpointing)
         forward = PairForward(
             model,

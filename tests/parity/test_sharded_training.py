@@ -14,8 +14,17 @@ from stages.artifacts import Manifest, read_manifest
 from stages.config import OptimConfig, RunConfig
 from stages.errors import ConfigError, DivergedError, SpinError
 from stages.model.group import together
-from tests.scored_pairs import random_rows, scored_artifact, train_inputs
-from tests.sharding_work import FamilyJob, end_by_signal, fail_on_rank_1, gather_family
+from stages.model.pairs import PairForward
+from tests.families import tiny_model
+from tests.scored_pairs import random_rows, scored_artifact, scored_store, train_inputs
+from tests.sharding_work import (
+    FamilyJob,
+    StepsJob,
+    end_by_signal,
+    fail_on_rank_1,
+    family_steps,
+    gather_family,
+)
 
 NUM_PAIRS = 20
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 6, "epochs": 3, "precision": "fp32"}
@@ -151,6 +160,35 @@ def test_every_family_is_read_in_parts_and_gathered_whole(tmp_path: Path) -> Non
         assert all(torch.equal(before[name], after[name]) for name in before), job.folder
 
 
+def test_every_family_takes_the_same_ten_steps_on_two_processes(tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 5, "precision": "fp32"}
+    rows = [
+        {name: [t % 90 + 3 for t in v] if "ids" in name else v for name, v in row.items()}
+        for row in random_rows(8)
+    ]
+    jobs = []
+    for family, changes in (
+        ("llama", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+        ("mistral", {"sliding_window": 6}),
+        ("gemma", {}),
+        ("gpt2", {}),
+    ):
+        folder = tmp_path / family
+        tiny_model(family, **changes).save_pretrained(folder / "model")
+        forward = PairForward(tiny_model(family, **changes).eval(), "auto", 0, 24)
+        scored_store(rows, forward, folder)
+        (scratch,) = folder.glob("*.scratch")
+        jobs.append(StepsJob(folder / "model", scratch, OptimConfig.model_validate(settings)))
+    one, two = (together(family_steps, jobs, OptimConfig(processes=n)) for n in (1, 2))
+    for job, ours, theirs in zip(jobs, one, two, strict=True):
+        assert len(ours) == len(theirs) == 10
+        assert ours[0][0] == pytest.approx(0.693147, abs=1e-5)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a == pytest.approx(b, rel=1e-4), job.folder.parent.name
+
+
 def test_what_cannot_be_divided_is_refused(
     scored: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +196,11 @@ def test_what_cannot_be_divided_is_refused(
         trained(scored, tiny_model_dir, tmp_path / "a", processes=2, sharding={"group_size": 3})
     with pytest.raises(ConfigError, match="attention=single is the slow way"):
         trained(scored, tiny_model_dir, tmp_path / "b", processes=2, attention="single")
+    tiny_model("gpt2", n_positions=16).save_pretrained(tmp_path / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "gpt2" / name).write_bytes((tiny_model_dir / name).read_bytes())
+    with pytest.raises(ConfigError, match="tokens, and the model takes 16; set max_length=16"):
+        trained(scored, tmp_path / "gpt2", tmp_path / "d")
     with pytest.raises(ConfigError, match="1 processes on this machine, and torch sees 0 GPUs"):
         trained(scored, tiny_model_dir, tmp_path / "c", device="cuda")
 

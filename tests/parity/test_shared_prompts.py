@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from stages.data.tokens import PairTokens
@@ -31,8 +31,8 @@ from stages.model.pair_forward import (
 )
 from stages.model.pairs import PairForward
 from stages.objective.losses import PairLogprobs
+from tests.families import PAD, VOCABULARY, tiny_config, tiny_model
 
-VOCABULARY, PAD = 97, 0
 FP32_TOLERANCE = 1e-5  # numerics.md, "Parity"
 
 Logprobs = Callable[[PreTrainedModel], PairLogprobs]
@@ -43,46 +43,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks so small that tiny rows are cut like long ones."""
     monkeypatch.setattr(attention, "CAUSAL_BLOCK", 7)
     yield
-
-
-def tiny_config(family: str, **changes: Any) -> Any:
-    if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        return AutoConfig.for_model(family, vocab_size=VOCABULARY, **sizes, **dropout, **changes)
-    options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family == "gpt_neox" else 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attention_dropout": 0.0,
-    }
-    if family in ("mistral", "phi3"):
-        options["sliding_window"] = None
-    return AutoConfig.for_model(family, **options | changes)
-
-
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """Random weights, large enough that every path matters to the result."""
-    model = AutoModelForCausalLM.from_config(
-        tiny_config(family, **changes), attn_implementation="sdpa"
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.2 * noise + (1 if parameter.ndim == 1 else 0))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.to(dtype).train()
 
 
 def make_pairs(lengths: list[tuple[int, int, int]]) -> list[PairTokens]:

@@ -1,17 +1,20 @@
 """Our training loop against TRL's DPOTrainer: same weights, pairs, optimizer; same numbers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.config import TrainConfig
+from stages.data.chat import TOKENIZER_FILES
 from stages.model.fit import Step, fit
 from stages.model.group import open_group
 from stages.model.load import load_model
 from stages.model.objectives import PairObjective
 from stages.model.pairs import PairForward
 from stages.objective.losses import PairLossOptions
+from tests.families import tiny_model
 from tests.scored_pairs import NO_TEXT, scored_store
 
 trl = pytest.importorskip("trl", reason="needs the dev extra (trl)")
@@ -26,12 +29,17 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["shared", "padded", "single"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("llama", mode) for mode in ("shared", "packed", "padded", "single")]
+    + [(family, "auto") for family in ("qwen2", "qwen3", "mistral", "gemma", "gpt2", "gemma2")],
+)
 def test_losses_rewards_and_gradient_norms_equal_trl(
-    tiny_model_dir: Path, tmp_path: Path, mode: Any
+    tiny_model_dir: Path, tmp_path: Path, family: str, mode: Any
 ) -> None:
-    theirs, rows = _trl_steps(tiny_model_dir, tmp_path / "trl")
-    ours = _our_steps(tiny_model_dir, tmp_path, rows, mode)
+    folder = tiny_model_dir if family == "llama" else _of_family(family, tiny_model_dir, tmp_path)
+    theirs, rows = _trl_steps(folder, tmp_path / "trl")
+    ours = _our_steps(folder, tmp_path, rows, mode)
     assert len(theirs) == len(ours) == STEPS
     for their, our in zip(theirs, ours, strict=True):
         assert our.loss == pytest.approx(their["loss"], rel=1e-4)
@@ -40,6 +48,17 @@ def test_losses_rewards_and_gradient_norms_equal_trl(
         assert our.metrics["accuracy"] == pytest.approx(their["rewards/accuracies"])
     assert ours[0].loss == pytest.approx(0.693147, abs=1e-5)
     assert ours[-1].loss < ours[0].loss
+
+
+def _of_family(family: str, tokenizer_dir: Path, tmp_path: Path) -> Path:
+    """A tiny model of another family with the same tokenizer."""
+    folder = tmp_path / family
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    tiny_model(family, vocab_size=300, **special).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, folder / name)
+    return folder
 
 
 def _trl_steps(model_dir: Path, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
