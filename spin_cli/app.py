@@ -80,11 +80,11 @@ MaybeModel = Annotated[
 Revision = Annotated[str | None, typer.Option("--revision", help="The commit of a hub model.")]
 Processes = Annotated[
     int | None,
-    typer.Option("--processes", min=1, help="Train with so many processes on this machine."),
+    typer.Option("--processes", min=1, help="Work with so many processes on this machine."),
 ]
 Gpus = Annotated[
     int | None,
-    typer.Option("--gpus", min=1, help="Train on so many GPUs of this machine, a process each."),
+    typer.Option("--gpus", min=1, help="Work on so many GPUs of this machine, a process each."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -227,6 +227,8 @@ def score(
     config: Config = None,
     iteration: Iteration = 0,
     overrides: Overrides = None,
+    processes: Processes = None,
+    gpus: Gpus = None,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -235,7 +237,7 @@ def score(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, overrides)
+    recipe = _recipe(config, [*(overrides or []), *_processes("score", processes, gpus)])
     options = {"pairs": str(pairs), **_model(recipe, iteration, model, revision)}
     _execute(Step("score", out, iteration, options), recipe, no_verify)
 

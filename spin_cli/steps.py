@@ -81,7 +81,7 @@ def execute(step: Step, config: RunConfig) -> Manifest:
 
 def _call(step: Step, config: RunConfig) -> Manifest:
     """Call the stage; stages are imported here, since they import torch."""
-    if step.stage not in ("sft", "train") and os.environ.get("WORLD_SIZE", "1") != "1":
+    if step.stage not in ("sft", "score", "train") and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             f"{step.title()} runs in one process, and a launcher started "
             f"{os.environ['WORLD_SIZE']}; start it without, and set train.processes for a whole run"

@@ -143,7 +143,17 @@ class CheckpointConfig(_Section):
     """Checkpoints kept, the newest; all are deleted when the stage is done."""
 
 
-class OptimConfig(ForwardConfig):
+class ParallelConfig(_Section):
+    """How many processes work, and on what."""
+
+    processes: Count = _place(1)
+    """Processes that work together on this machine, one a GPU; `torchrun` and `accelerate
+    launch` start them themselves."""
+    device: Literal["auto", "cpu", "cuda"] = _place("auto")
+    """auto: the GPUs where there are any."""
+
+
+class OptimConfig(ForwardConfig, ParallelConfig):
     """One pass of gradient descent; shared by sft and train."""
 
     optimizer: Literal["adamw", "rmsprop", "adamw_8bit_torchao", "adamw_8bit_bnb"] = "adamw"
@@ -176,11 +186,6 @@ class OptimConfig(ForwardConfig):
     fp32 weights."""
     log_every: Count = _place(10)
     """Steps between two readings of the metrics from a GPU, each of which waits for it."""
-    processes: Count = _place(1)
-    """Processes that train together on this machine, one a GPU; `torchrun` and `accelerate
-    launch` set it themselves."""
-    device: Literal["auto", "cpu", "cuda"] = _place("auto")
-    """auto: the GPUs where there are any."""
     sharding: ShardingConfig = _place(ShardingConfig())
     checkpoint: CheckpointConfig = _place(CheckpointConfig())
 
@@ -270,10 +275,11 @@ class PairConfig(_Section):
     """Longest prompt and response together, in tokens."""
 
 
-class ScoreConfig(ForwardConfig):
+class ScoreConfig(ForwardConfig, ParallelConfig):
     """Log-probabilities of pairs under the reference."""
 
     shard_rows: Count = _place(2048)
+    """Rows a shard: what a kill can cost at most, and what one process takes at a time."""
 
 
 class TrainConfig(OptimConfig):

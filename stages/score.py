@@ -1,6 +1,7 @@
 """score: the log-probabilities of both responses under the reference, stored as columns."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -20,12 +21,22 @@ from stages.artifacts import (
 )
 from stages.artifacts.keys import sha256_text
 from stages.artifacts.tables import Row
-from stages.config import RunConfig
+from stages.config import ChatConfig, RunConfig, ScoreConfig
 from stages.data.chat import make_renderer
 from stages.data.rows import PAIRS, SCORED_PAIRS
 from stages.data.tokens import pair_tokens
+from stages.model.group import (
+    Group,
+    Resources,
+    follow,
+    is_follower,
+    leading,
+    open_group,
+    resources,
+    together,
+)
 from stages.model.source import ModelSource, resolve_model
-from stages.progress import progress
+from stages.progress import Progress, progress
 
 FORMAT_VERSION = 1
 
@@ -46,6 +57,13 @@ def run(config: RunConfig, inputs: ScoreInputs, out: Path) -> Manifest:
     Raises:
         InputError: the pairs or the model are missing, or of another kind.
     """
+    if is_follower():
+        return follow(config.score, _work, out)
+    with leading(config.score):
+        return _lead(config, inputs, out)
+
+
+def _lead(config: RunConfig, inputs: ScoreInputs, out: Path) -> Manifest:
     pairs = open_artifact(inputs.pairs, stages=("pair",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
@@ -58,24 +76,68 @@ def run(config: RunConfig, inputs: ScoreInputs, out: Path) -> Manifest:
     return produce(out, plan, lambda space: _fill(space, config, pairs, model), resumable=True)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What every rank is told."""
+
+    space: Workspace
+    pairs: Artifact
+    model_dir: Path
+    config: ScoreConfig
+    chat: ChatConfig
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What rank 0 tells of the work of all."""
+
+    attention: str
+    tokens: int
+    shards: frozenset[str]
+    used: Resources
+
+
 def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSource) -> Outcome:
+    job = _Job(space, pairs, source.verified(), config.score, config.chat)
+    report = together(_work, job, config.score)
+    space.shards.named.update(report.shards)
+    return Outcome(
+        counts={"pairs": pairs.manifest.counts["pairs"]},
+        info={"attention": report.attention, **report.used.info()},
+        tokens=report.tokens,
+        peak_memory_bytes=report.used.peak_memory_bytes,
+    )
+
+
+def _work(job: _Job) -> _Report:
+    """Score every n-th shard as one of n ranks, each of which has the whole model."""
     from stages.model.scoring import Scorer
 
-    pad_token_id = make_renderer(source.path, config.chat).pad_token_id
-    longest = pairs.manifest.config["pair"]["max_length"]
-    scorer = Scorer(source.verified(), config.score, pad_token_id, longest)
-    total, tokens = pairs.manifest.counts["pairs"], 0
-    with progress("score", total=total, unit="pairs") as bar:
-        for name, rows in _shards(pairs, config.score.shard_rows):
+    group = open_group(job.config)
+    pad_token_id = make_renderer(job.model_dir, job.chat).pad_token_id
+    longest = job.pairs.manifest.config["pair"]["max_length"]
+    scorer = Scorer(job.model_dir, job.config, pad_token_id, longest, group.device)
+    tokens, names = 0, set()
+    with _progress(group, job.pairs.manifest.counts["pairs"]) as bar:
+        for number, (name, rows) in enumerate(_shards(job.pairs, job.config.shard_rows)):
             ids_hash = sha256_text("\n".join(f"{r['prompt_id']}/{r['pair_index']}" for r in rows))
-            if not space.shards.done(name, ids_hash):
+            is_mine = number % group.num_ranks == group.rank
+            if is_mine and not job.space.shards.done(name, ids_hash):
                 logprobs = scorer.logprobs([pair_tokens(row) for row in rows])
                 scored = with_reference(rows, logprobs)
-                space.shards.write(name, ids_hash, partial(_write, rows=scored))
+                job.space.shards.write(name, ids_hash, partial(_write, rows=scored))
             shard_tokens = sum(_row_tokens(row) for row in rows)
             tokens += shard_tokens
+            names.add(name)
             bar.advance(len(rows), shard_tokens)
-    return Outcome(counts={"pairs": total}, info={"attention": scorer.mode}, tokens=tokens)
+    group.wait_for_all()
+    return _Report(scorer.mode, tokens, frozenset(names), resources(group))
+
+
+def _progress(group: Group, total: int) -> AbstractContextManager[Progress]:
+    if group.rank > 0:
+        return nullcontext(Progress("score", total, "pairs", clock=lambda: 0.0))  # says nothing
+    return progress("score", total=total, unit="pairs")
 
 
 def with_reference(rows: list[Row], logprobs: list[tuple[float, float]]) -> list[Row]:

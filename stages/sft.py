@@ -165,7 +165,7 @@ def _work(job: _Job) -> _Report:
     """Train as one rank; rank 0 also writes."""
     from stages.model.learner import open_student
 
-    group = open_group(job.config)
+    group = open_group(job.config, always=job.config.sharding.cpu_offload)
     renderer = make_renderer(job.tokenizer_dir, job.chat)
     store = open_store(job.rows)
     student = open_student(job.model_dir, store, job.config, job.seed, renderer, group)

@@ -151,7 +151,7 @@ def _work(job: _Job) -> _Report:
     """Train as one rank; rank 0 also writes."""
     from stages.model.learner import open_player
 
-    group = open_group(job.config)
+    group = open_group(job.config, always=job.config.sharding.cpu_offload)
     renderer = make_renderer(job.model_dir, job.chat)
     store = open_store(job.rows)
     player = open_player(job.model_dir, store, job.config, job.seed, renderer, group)

@@ -1,9 +1,9 @@
-"""The processes that train one model together: how they start, agree, and end.
+"""The processes that work together on one stage: how they start, agree, and end.
 
 A rank is one process with one GPU, or with a share of the CPU. Three ways lead to several:
 `processes=N` starts them here, on this machine; `torchrun` and `accelerate launch` start the whole
 command N times, on one machine or many. Then rank 0 makes the artifact as a single process would,
-and the others follow it: they only train.
+and the others follow it: they only work.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.artifacts import Manifest, read_manifest
 from stages.artifacts.produce import peak_memory_bytes
-from stages.config import OptimConfig
+from stages.config import ParallelConfig
 from stages.errors import ConfigError, SpinError
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
@@ -49,7 +49,7 @@ Report = TypeVar("Report")
 
 @dataclass(frozen=True)
 class Group:
-    """One process's view of the ranks that train together."""
+    """One process's view of the ranks that work together."""
 
     rank: int
     num_ranks: int
@@ -66,6 +66,10 @@ class Group:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here."""
+        self.highest(0)
+
     def add_up(self, tensor: "torch.Tensor") -> None:
         """Replace a tensor on this rank's device by its sum over all ranks."""
         if self.num_ranks > 1:
@@ -74,11 +78,14 @@ class Group:
             dist.all_reduce(tensor)
 
 
-def open_group(config: OptimConfig) -> Group:
+def open_group(config: ParallelConfig, *, always: bool = False) -> Group:
     """Join accelerate's process group, as the environment tells it, and take a device.
 
     Precision stays ours (`pairs.autocast`): accelerate's is one for the whole process, while the
     stages of a run may differ.
+
+    Args:
+        always: make a process group even of one process, which offloading needs.
 
     Raises:
         ConfigError: GPUs are asked for, and there are fewer than processes.
@@ -97,7 +104,7 @@ def open_group(config: OptimConfig) -> Group:
             "GPUs: start as many processes as there are GPUs, or train on the CPU (device=cpu)"
         )
     launched = is_launched()
-    if (launched or config.sharding.cpu_offload) and not dist.is_initialized():
+    if (launched or always) and not dist.is_initialized():
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
         timeout = datetime.timedelta(seconds=TIMEOUT_S)
         if launched:
@@ -160,7 +167,7 @@ def is_follower() -> bool:
 
 
 @contextmanager
-def leading(config: OptimConfig) -> Iterator[None]:
+def leading(config: ParallelConfig) -> Iterator[None]:
     """Let the followers go when the block ends, where there are any; see `follow`."""
     if not is_launched():
         yield
@@ -176,7 +183,7 @@ def leading(config: OptimConfig) -> Iterator[None]:
     _broadcast(("done", None))
 
 
-def follow(config: OptimConfig, work: Callable[[Job], Report], out: Path) -> Manifest:
+def follow(config: ParallelConfig, work: Callable[[Job], Report], out: Path) -> Manifest:
     """Do what rank 0 does with a model; it alone writes `out`.
 
     Returns:
@@ -214,7 +221,7 @@ def _broadcast(message: Any) -> Any:
 # -- Work together --------------------------------------------------------------------------------
 
 
-def together(work: Callable[[Job], Report], job: Job, config: OptimConfig) -> Report:
+def together(work: Callable[[Job], Report], job: Job, config: ParallelConfig) -> Report:
     """Call `work(job)` in every rank and return rank 0's report.
 
     With one process it is a plain call; under a launcher rank 0 tells the job to those that

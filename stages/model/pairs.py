@@ -43,8 +43,9 @@ MASKED_BUDGET = 2048
 whose cost grows with the square: 8% of a 7B model's matrix products at this length."""
 CHECKED_ROWS = 3
 """Rows, and the longest one, that are compared with the slow twin before a model is used."""
-COMPILED_LENGTH = 1024
-"""Compiled rows are padded to a multiple of this, so that few lengths are compiled."""
+COMPILED_LENGTH = 64
+"""Compiled rows are padded to a multiple of this, which matrix kernels like; one code serves all
+lengths."""
 PACKED_FAMILIES = SUPPORTED_FAMILIES | {"gemma3_text"}
 """Families that tell packed documents apart by restarting positions, sliding windows too."""
 

@@ -15,12 +15,20 @@ class Scorer:
     """One loaded model that scores pairs."""
 
     def __init__(
-        self, model_dir: Path, config: ForwardConfig, pad_token_id: int, max_tokens: int | None
+        self,
+        model_dir: Path,
+        config: ForwardConfig,
+        pad_token_id: int,
+        max_tokens: int | None,
+        device: torch.device | None = None,
     ) -> None:
         """Load the model; see `load_model` for what can go wrong, `PairForward` for the rest."""
         self._config = config
         self._forward = PairForward(
-            load_model(model_dir).to(best_device()), config.attention, pad_token_id, max_tokens
+            load_model(model_dir).to(device or best_device()),
+            config.attention,
+            pad_token_id,
+            max_tokens,
         )
         self._is_checked = False
 

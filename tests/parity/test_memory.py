@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,18 +215,18 @@ def test_padding_fits_the_window_that_its_row_fits() -> None:
     torch.testing.assert_close(out.rejected_B, plain.rejected_B, rtol=1e-5, atol=0)
 
 
-def compiled(mode: Mode, twin: Callable[[PreTrainedModel], Any]) -> PreTrainedModel:
+def compiled(mode: Mode) -> PreTrainedModel:
     model = model_with("qwen2", mode)
-    plain = results(model, twin)
+    plain = results(model, shared)
     compile_layers(model)
-    assert_same(results(model, twin), plain)
+    assert_same(results(model, shared), plain)
     return model
 
 
 @needs_compiler
 def test_compiled_layers_give_the_same() -> None:
     torch._dynamo.reset()
-    model = compiled("none", shared)
+    model = compiled("none")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
 
@@ -243,10 +243,11 @@ def test_compiled_layers_give_the_same() -> None:
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_compiled_layers_give_the_same_when_checkpointed(mode: Mode) -> None:
     torch._dynamo.reset()
-    compiled(mode, shared)
+    compiled(mode)
 
 
 @needs_compiler
+@pytest.mark.long
 def test_compiled_layers_give_the_same_when_sharded(one_process: None) -> None:
     torch._dynamo.reset()
     twin = results(model_with("qwen2", "none"), shared)

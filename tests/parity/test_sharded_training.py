@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages import train
-from stages.artifacts import Manifest, read_manifest
+from stages import score, train
+from stages.artifacts import Manifest, read_manifest, read_rows
 from stages.config import OptimConfig, RunConfig
+from stages.data.rows import SCORED_PAIRS
 from stages.errors import ConfigError, DivergedError, SpinError
 from stages.model.group import together
 from stages.model.pairs import PairForward
@@ -213,3 +214,22 @@ def test_a_rank_that_fails_ends_all_with_its_error() -> None:
 def test_a_rank_that_is_killed_is_an_error_and_no_hang() -> None:
     with pytest.raises(SpinError, match="rank 1 of 2 ended without a word .killed by SIGKILL"):
         together(end_by_signal, None, OptimConfig(processes=2))
+
+
+def test_two_processes_score_the_same_rows(
+    scored: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Also where one shard is there from an attempt before: none is lost."""
+    values = {"precision": "fp32", "shard_rows": 3, "processes": 2}
+    config = RunConfig.model_validate({"score": values})
+    inputs = score.ScoreInputs(scored.with_name("pair"), str(tiny_model_dir))
+    two = score.run(config, inputs, tmp_path / "score")
+    assert two.info["processes"] == 2
+    assert len([f for f in two.files if f.path.startswith("part-")]) == 7
+    ours = list(read_rows(sorted((tmp_path / "score").glob("part-*")), SCORED_PAIRS))
+    theirs = list(read_rows(sorted(scored.glob("part-*")), SCORED_PAIRS))
+    assert [row["prompt_id"] for row in ours] == [row["prompt_id"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["reference_chosen_logprob"] == pytest.approx(
+            b["reference_chosen_logprob"], rel=1e-5
+        )
