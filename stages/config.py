@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from stages.errors import ConfigError
 
@@ -23,6 +23,17 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 IterationIndex = Annotated[int, Field(ge=0)]
+
+
+def _refuse_no_names(value: Any) -> Any:
+    """Say in words what a union of types says badly."""
+    is_list = isinstance(value, list | tuple) and value and all(isinstance(n, str) for n in value)
+    if not is_list and value != "all-linear":
+        raise ValueError("give a list of names, such as [q_proj, v_proj], or all-linear")
+    return value
+
+
+ModuleNames = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_refuse_no_names)]
 
 
 def _place(default: Any = ...) -> Any:
@@ -282,6 +293,25 @@ class ScoreConfig(ForwardConfig, ParallelConfig):
     """Rows a shard: what a kill can cost at most, and what one process takes at a time."""
 
 
+class LoraConfig(_Section):
+    """Low-rank adapters: a model's weights stay, and small additions B·A to them are trained."""
+
+    rank: Count = 16
+    """Of each addition."""
+    alpha: Positive = 32.0
+    """Additions are scaled by alpha / rank."""
+    target_modules: ModuleNames = "all-linear"
+    """Names of the linear maps that get one, such as [q_proj, v_proj]; `all-linear`: all but the
+    head."""
+    start: Literal["merged", "adapter"] = "merged"
+    """`merged`: a fresh adapter on the opponent, with an adapter of its own merged; `adapter`: the
+    opponent's own adapter is trained on, so the opponent must be one, of the same rank, alpha
+    and target_modules."""
+    output: Literal["merged", "adapter"] = "merged"
+    """`merged`: a whole model, like any other; `adapter`: only the adapter, in fp32, and where
+    its base is found."""
+
+
 class TrainConfig(OptimConfig):
     """The player learns to prefer the chosen responses."""
 
@@ -296,6 +326,8 @@ class TrainConfig(OptimConfig):
     """Weight of the chosen response's mean negative log-likelihood a token (RPO)."""
     control: bool = False
     """Train the control arm instead: supervised steps on the chosen responses, same number."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters, which takes far less memory; None trains all weights."""
 
 
 class EvaluateConfig(SamplingConfig, ForwardConfig):

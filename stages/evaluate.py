@@ -1,7 +1,7 @@
 """evaluate: the player on held-out prompts, alone and against the opponent; one row an example."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_r
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import EXAMPLES, PROMPTS
 from stages.data.tokens import PairTokens
-from stages.engines.base import Completion, Engine, Request, Sampling
+from stages.engines import OpenEngine
+from stages.engines.base import Completion, Request, Sampling
 from stages.engines.prompts import askable_tokens, model_room
 from stages.errors import InputError
 from stages.model.source import ModelSource, resolve_model
@@ -61,9 +62,6 @@ class Example:
     human: str
     prompt_token_ids: list[int]
     human_token_ids: list[int]
-
-
-OpenEngine = Callable[..., Engine]
 
 
 def run(
@@ -110,7 +108,8 @@ def run(
 
     def fill(space: Workspace) -> Outcome:
         renderer = make_renderer(model.verified(), config.chat)
-        return _fill(space, _Work(config, data, model, renderer, open_engine), opponent)
+        work = _Work(config, data, model, renderer, open_engine, space.path)
+        return _fill(space, work, opponent)
 
     return produce(out, plan, fill)
 
@@ -128,6 +127,8 @@ class _Work:
     model: ModelSource
     renderer: Renderer
     open_engine: OpenEngine
+    scratch: Path
+    """A folder for what is gone when the stage is done."""
 
 
 def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
@@ -233,29 +234,30 @@ def _answer(
     """Return sampled and greedy answers by prompt id; greedy ones only where they are wanted."""
     config = work.config.evaluate
     longest = max(len(e.prompt_token_ids) for e in examples) + config.max_new_tokens
-    engine = work.open_engine(
-        _engine(work.config),
-        source.path,
-        max_model_len=_engine(work.config).max_model_len or longest,
-        pad_token_id=work.renderer.pad_token_id,
-    )
     passes = [config.temperature] + ([0.0] if with_greedy and config.greedy else [])
     answers: list[dict[str, Completion]] = [{}, {}]
-    try:
-        with progress("evaluate", total=len(passes) * len(examples), unit="answers") as bar:
-            for temperature, found in zip(passes, answers, strict=False):
-                sampling = Sampling(
-                    temperature=temperature,
-                    top_p=config.top_p,
-                    top_k=config.top_k,
-                    max_new_tokens=config.max_new_tokens,
-                    stop_token_ids=work.renderer.stop_token_ids,
-                )
-                for done in engine.generate(_requests(work, examples), sampling):
-                    found[done.request_id] = done
-                    bar.advance(1, len(done.token_ids))
-    finally:
-        engine.close()
+    with (
+        engines.running(
+            work.open_engine,
+            _engine(work.config),
+            source.path,
+            work.scratch,
+            max_model_len=_engine(work.config).max_model_len or longest,
+            pad_token_id=work.renderer.pad_token_id,
+        ) as engine,
+        progress("evaluate", total=len(passes) * len(examples), unit="answers") as bar,
+    ):
+        for temperature, found in zip(passes, answers, strict=False):
+            sampling = Sampling(
+                temperature=temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                max_new_tokens=config.max_new_tokens,
+                stop_token_ids=work.renderer.stop_token_ids,
+            )
+            for done in engine.generate(_requests(work, examples), sampling):
+                found[done.request_id] = done
+                bar.advance(1, len(done.token_ids))
     return answers[0], answers[1]
 
 

@@ -1,7 +1,7 @@
 """generate: the opponent answers every prompt; one row a sample, in shards that survive a kill."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -31,15 +31,14 @@ from stages.config import RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
-from stages.engines.base import Completion, Engine, Request, Sampling
+from stages.engines import OpenEngine
+from stages.engines.base import Completion, Request, Sampling
 from stages.engines.prompts import askable_tokens, model_room
 from stages.errors import CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
 
 FORMAT_VERSION = 1
-
-OpenEngine = Callable[..., Engine]
 
 
 @dataclass(frozen=True)
@@ -268,25 +267,26 @@ def _answer(
                 in_flight[_request_id(row)] = shard, row
                 yield Request(_request_id(row), row["prompt_token_ids"], row["seed"])
 
-    engine = work.open_engine(
-        generate.engine,
-        work.model.path,
-        max_model_len=max_model_len,
-        pad_token_id=work.renderer.pad_token_id,
-    )
     total = rendered.num_prompts * generate.num_samples
-    try:
-        with progress("generate", total=total, unit="rows", done=sum(finished.values())) as bar:
-            for answer in engine.generate(requests(), _sampling(work)):
-                shard, row = in_flight.pop(answer.request_id)
-                row |= _answer_columns(answer, work.renderer)
-                shard.missing -= 1
-                if not shard.missing:
-                    write = partial(_write, rows=shard.rows)
-                    space.shards.write(shard.name, shard.ids_hash, write)
-                bar.advance(1, len(answer.token_ids))
-    finally:
-        engine.close()
+    with (
+        engines.running(
+            work.open_engine,
+            generate.engine,
+            work.model.path,
+            space.path,
+            max_model_len=max_model_len,
+            pad_token_id=work.renderer.pad_token_id,
+        ) as engine,
+        progress("generate", total=total, unit="rows", done=sum(finished.values())) as bar,
+    ):
+        for answer in engine.generate(requests(), _sampling(work)):
+            shard, row = in_flight.pop(answer.request_id)
+            row |= _answer_columns(answer, work.renderer)
+            shard.missing -= 1
+            if not shard.missing:
+                write = partial(_write, rows=shard.rows)
+                space.shards.write(shard.name, shard.ids_hash, write)
+            bar.advance(1, len(answer.token_ids))
     assert not in_flight, f"{len(in_flight)} requests were not answered"
 
 

@@ -20,8 +20,9 @@ from stages.config import ChatConfig, RunConfig, TrainConfig
 from stages.data.chat import chat_fingerprint, make_renderer
 from stages.data.rows import SCORED_PAIRS, TRAIN_METRICS
 from stages.data.store import TOKEN_COLUMNS, build_store, open_store
-from stages.errors import DivergedError, InputError
+from stages.errors import ConfigError, DivergedError, InputError
 from stages.journal import Journal
+from stages.model.base import Base
 from stages.model.group import (
     Group,
     Resources,
@@ -65,6 +66,8 @@ def run(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
     """Train the player and write it as a model folder, with metrics of every step.
 
     Raises:
+        ConfigError: the opponent's own adapter is to be trained on, and it has none or another;
+            or train.lora is set and peft is not installed.
         InputError: inputs are missing, of another kind, or hold no pair.
         DivergedError: the first loss is not ln 2 though the reference is the opponent, or a loss
             or gradient is not finite.
@@ -79,14 +82,33 @@ def _lead(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
     pairs = open_artifact(inputs.pairs, stages=("score",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
+    refs = {"pairs": pairs.input_ref(root), "model": model.ref}
+    lora = config.train.lora
+    changed = model
+    if lora is not None and lora.start == "adapter":
+        changed = _base_of_own_adapter(model, inputs.model)
+        refs["base"] = changed.ref
+    base = changed.as_base(out) if lora is not None and lora.output == "adapter" else None
     plan = Plan(
         stage="train",
         format_version=FORMAT_VERSION,
         config={"seed": config.seed, "train": config.train.identity()},
-        inputs={"pairs": pairs.input_ref(root), "model": model.ref},
+        inputs=refs,
         fingerprints={"chat": chat_fingerprint(model.path, config.chat)},
     )
-    return produce(out, plan, lambda space: _fill(space, config, pairs, model), resumable=True)
+    return produce(
+        out, plan, lambda space: _fill(space, config, pairs, model, base), resumable=True
+    )
+
+
+def _base_of_own_adapter(model: ModelSource, name: str) -> ModelSource:
+    if model.base is None:
+        raise ConfigError(
+            f"train.lora.start=adapter goes on from the opponent's own adapter, but {name} is a "
+            "whole model; set start=merged, in iteration 0 only by `iterations: {0: {train: "
+            "{lora: {start: merged}}}}` in the recipe, and output=adapter before"
+        )
+    return model.base
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,8 @@ class _Job:
     seed: int
     chat: ChatConfig
     reference_is_opponent: bool
+    base: Base | None
+    """What the adapter is recorded to change, where it is written alone; None: a whole model."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +133,21 @@ class _Report:
     steps: int
     metrics: dict[str, float]
     attention: str
+    num_trained: int
     used: Resources
 
 
-def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSource) -> Outcome:
+def _fill(
+    space: Workspace,
+    config: RunConfig,
+    pairs: Artifact,
+    source: ModelSource,
+    base: Base | None,
+) -> Outcome:
+    if config.train.lora is not None:
+        from stages.model.adapters import require_peft
+
+        require_peft()
     scratch = space.path / "rows.scratch"
     store, too_long = build_store(
         pairs.files("part-"),
@@ -129,7 +164,14 @@ def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSou
         )
     same_model = pairs.manifest.inputs["model"].key == source.ref.key
     job = _Job(
-        space, scratch, source.verified(), config.train, config.seed, config.chat, same_model
+        space,
+        scratch,
+        source.verified(),
+        config.train,
+        config.seed,
+        config.chat,
+        same_model,
+        base,
     )
     report = together(_work, job, config.train)
     scratch.unlink()
@@ -139,6 +181,7 @@ def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSou
         info={
             "attention": report.attention,
             "reference_is_opponent": same_model,
+            "trained_parameters": report.num_trained,
             **report.used.info(),
         },
         tokens=int(store.lengths_N.sum()),
@@ -158,9 +201,13 @@ def _work(job: _Job) -> _Report:
     player.check_exact()
     first_loss = _check_start(player, job.config, must_be_ln2=job.reference_is_opponent)
     last = _train(job, group, player)
-    player.save(job.space.path, renderer, job.model_dir)
+    player.save(job.space.path, renderer, job.model_dir, job.base)
     return _Report(
-        player.total_steps, {"first_loss": first_loss, **last}, player.mode, resources(group)
+        player.total_steps,
+        {"first_loss": first_loss, **last},
+        player.mode,
+        player.num_trained,
+        resources(group),
     )
 
 

@@ -1,9 +1,15 @@
 """Engines: what answers prompts. One interface (`base.Engine`), and the door to those there are."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from stages.config import EngineConfig
 from stages.engines.base import Engine
+from stages.model.base import is_adapter
+
+OpenEngine = Callable[..., Engine]
 
 
 def open_engine(
@@ -38,3 +44,40 @@ def open_engine(
         batch_size=config.batch_size,
         pad_token_id=pad_token_id,
     )
+
+
+@contextmanager
+def running(
+    open_engine: OpenEngine,
+    config: EngineConfig,
+    model_dir: Path,
+    scratch: Path,
+    *,
+    max_model_len: int,
+    pad_token_id: int,
+) -> Iterator[Engine]:
+    """Lend an engine with a loaded model, and close it when the block ends.
+
+    Args:
+        open_engine: see the function of this name, for the rest too.
+        scratch: a folder in which an adapter's whole model may lie as long, for vLLM.
+    """
+    with _whole(config, model_dir, scratch) as folder:
+        engine = open_engine(config, folder, max_model_len=max_model_len, pad_token_id=pad_token_id)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+@contextmanager
+def _whole(config: EngineConfig, model_dir: Path, scratch: Path) -> Iterator[Path]:
+    """Lend a folder that the engine can load; an adapter is merged in fp32, as everywhere."""
+    if config.name != "vllm" or not is_adapter(model_dir):
+        yield model_dir
+        return
+    from stages.model.load import load_model
+
+    with TemporaryDirectory(prefix="merged-", dir=scratch) as folder:
+        load_model(model_dir).save_pretrained(folder)
+        yield Path(folder)

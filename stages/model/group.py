@@ -172,7 +172,7 @@ def leading(config: ParallelConfig) -> Iterator[None]:
     if not is_launched():
         yield
         return
-    open_group(config)
+    group = open_group(config)
     _Sent.job = False
     try:
         yield
@@ -181,6 +181,7 @@ def leading(config: ParallelConfig) -> Iterator[None]:
             _broadcast(("failed", None))
         raise
     _broadcast(("done", None))
+    _close(group)
 
 
 def follow(config: ParallelConfig, work: Callable[[Job], Report], out: Path) -> Manifest:
@@ -192,7 +193,7 @@ def follow(config: ParallelConfig, work: Callable[[Job], Report], out: Path) -> 
     Raises:
         SpinError: rank 0 failed; it tells why.
     """
-    open_group(config)
+    group = open_group(config)
     while True:
         try:
             kind, job = _broadcast(None)
@@ -201,12 +202,21 @@ def follow(config: ParallelConfig, work: Callable[[Job], Report], out: Path) -> 
         if kind == "failed":
             raise SpinError("rank 0 failed; see its message")
         if kind == "done":
+            _close(group)
             return read_manifest(out)
         work(job)
 
 
 class _Sent:
     job = False
+
+
+def _close(group: Group) -> None:
+    """Leave the process group together: one that ends alone breaks what others still wait for."""
+    import torch.distributed as dist
+
+    group.wait_for_all()
+    dist.destroy_process_group()
 
 
 def _broadcast(message: Any) -> Any:
@@ -346,12 +356,10 @@ def _serve(place: _Place, work: Callable[[Any], Any], job: Any, pipe: Connection
         "LOCAL_WORLD_SIZE": str(place.num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(place.port),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(_threads(place.num_ranks))),
     }
     log.addHandler(logging.StreamHandler())
     log.setLevel(place.log_level if place.rank == 0 else logging.ERROR)  # the others say the same
-    import torch
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // place.num_ranks))
     try:
         message = ("report", work(job))
     except SystemExit as error:
@@ -365,6 +373,12 @@ def _serve(place: _Place, work: Callable[[Any], Any], job: Any, pipe: Connection
     pipe.close()
     sys.stderr.flush()
     os._exit(0)  # process groups and threads of libraries are left behind, not waited for
+
+
+def _threads(num_ranks: int) -> int:
+    """Return one rank's share of the CPU's threads; torch reads it when it is first imported."""
+    all_threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return max(1, all_threads // num_ranks)
 
 
 def _leave(number: int, frame: object) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from stages.config import OptimConfig, SftConfig, TrainConfig
+from stages.config import LoraConfig, OptimConfig, SftConfig, TrainConfig
 from stages.data.chat import Renderer
 from stages.data.store import RowStore
 from stages.data.tokens import pair_tokens
 from stages.errors import ConfigError
+from stages.model import adapters
+from stages.model.base import Base
 from stages.model.checkpoints import Checkpoints
 from stages.model.fit import Step, batch_rows, fit, make_ready
 from stages.model.group import Group
@@ -21,8 +23,9 @@ from stages.model.objectives import PairObjective, SupervisedObjective
 from stages.model.optim import count_steps
 from stages.model.pairs import COMPILED_LENGTH, PairForward, autocast, check_exact, placed
 from stages.model.random_init import make_random_model
-from stages.model.save import save_model, saved_dtype
-from stages.model.sharding import gathered, open_sharded, shard
+from stages.model.save import save_adapter, save_model, saved_dtype
+from stages.model.sharding import gathered, gathered_adapter, open_sharded, shard
+from stages.model.source import model_chain
 from stages.objective.losses import PairLossOptions
 
 _LN_2_OPTIONS = PairLossOptions(
@@ -67,6 +70,11 @@ class Learner:
         return sum(p.numel() for p in self._forward.model.parameters())
 
     @property
+    def num_trained(self) -> int:
+        """Number of weights that training changes."""
+        return sum(p.numel() for p in self._forward.model.parameters() if p.requires_grad)
+
+    @property
     def total_steps(self) -> int:
         """Number of optimizer steps that `train` takes."""
         return count_steps(self._objective.num_rows, self._config)
@@ -91,11 +99,24 @@ class Learner:
             checkpoints,
         )
 
-    def save(self, folder: Path, renderer: Renderer, tokenizer_dir: Path) -> None:
-        """Gather the weights, and let rank 0 write the model folder."""
-        state = gathered(self._forward.model, self._group, self._dtype)
-        if state is not None:
-            save_model(self._forward.model, state, folder, tokenizer_dir, renderer.template)
+    def save(
+        self, folder: Path, renderer: Renderer, tokenizer_dir: Path, base: Base | None = None
+    ) -> None:
+        """Gather the weights, and let rank 0 write the model folder.
+
+        Args:
+            base: what the trained adapter is recorded to change, to write it alone; None writes
+                a whole model.
+        """
+        model, chat = self._forward.model, (tokenizer_dir, renderer.template)
+        if base is None:
+            state = gathered(model, self._group, self._dtype)
+            if state is not None:
+                save_model(model, state, folder, *chat)
+            return
+        adapter = gathered_adapter(model, self._group)
+        if adapter is not None:
+            save_adapter(model, adapter, base, folder, self._dtype, *chat)
 
     def sigmoid_loss(self, beta: float) -> float:
         """Return the sigmoid loss of the first batch of pairs, without any update.
@@ -125,7 +146,11 @@ def open_player(
     renderer: Renderer,
     group: Group,
 ) -> Learner:
-    """Return the player: the opponent's weights, to be trained on scored pairs."""
+    """Return the player: the opponent's weights, to be trained on scored pairs.
+
+    With `config.lora` they stay, and it is an adapter on them that is trained: a fresh one, or the
+    opponent's own.
+    """
     options = PairLossOptions(
         loss=config.loss,
         beta=config.beta,
@@ -134,7 +159,10 @@ def open_player(
         reference_free=config.reference_free,
         nll_weight=config.nll_weight,
     )
-    forward = _open(model_dir, store, config, renderer, group)
+    forward = _open(model_dir, store, config, renderer, group, config.lora)
+    if config.lora is not None:
+        own = model_dir if config.lora.start == "adapter" else None
+        adapters.fill(forward.model, config.lora, seed, own)
     objective = PairObjective(store, forward, config, options, config.control)
     dtype = saved_dtype(config.weights_dtype, model_dir)
     return Learner(forward, objective, config, seed, group, dtype)
@@ -157,9 +185,19 @@ def open_student(
 
 
 def _open(
-    start: Path | Any, store: RowStore, config: OptimConfig, renderer: Renderer, group: Group
+    start: Path | Any,
+    store: RowStore,
+    config: OptimConfig,
+    renderer: Renderer,
+    group: Group,
+    lora: LoraConfig | None = None,
 ) -> PairForward:
-    """Return a model, from a folder or as it is, ready to be trained by the ranks of a group."""
+    """Return a model, from a folder or as it is, ready to be trained by the ranks of a group.
+
+    Args:
+        lora: adapters to attach, whose weights are filled in later; with `start: adapter` to the
+            base of the folder's own.
+    """
     if group.num_ranks > 1 and config.attention == "single":
         raise ConfigError(
             "attention=single is the slow way that others are compared with, in one process; "
@@ -173,6 +211,8 @@ def _open(
                 f"the longest row has {store.longest} tokens, and the model takes {room}; "
                 f"set max_length={room} or less"
             )
+        if lora is not None:
+            adapters.attach(model, lora)
         apply_activation_checkpointing(model, config.activation_checkpointing)
         forward = PairForward(
             model,
@@ -185,6 +225,8 @@ def _open(
             compile_layers(model)
         return forward
 
+    if lora is not None and lora.start == "adapter":
+        start = model_chain(start)[-2]
     sharded = group.num_ranks > 1 or config.sharding.cpu_offload
     if sharded and isinstance(start, Path):
         return open_sharded(start, wrap, group, config.sharding, config.precision)

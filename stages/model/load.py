@@ -7,20 +7,36 @@ from typing import Any
 import torch
 
 from stages.errors import InputError
+from stages.model.adapters import merge
+from stages.model.source import model_chain
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a causal language model for inference or training, on the CPU, in evaluation mode.
 
+    An adapter is merged into its base in fp32, whatever the type that is asked for.
+
     Raises:
         InputError: the folder holds no loadable model.
+        CorruptError: it holds an adapter, and the record of its base was tampered with.
     """
+    whole, *adapters = model_chain(path)
+    model = _load_whole(whole, torch.float32 if adapters else dtype)
+    for folder in adapters:
+        merge(model, folder)
+    if adapters:
+        for parameter in model.parameters():  # buffers stay: rotary frequencies are fp32 in any
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def _load_whole(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as library_logging
 
     library_logging.disable_progress_bar()  # ours is the one bar
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=False,
@@ -30,7 +46,6 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise _refusal(path, error) from error
-    return model.eval()
 
 
 def load_skeleton(path: Path) -> Any:

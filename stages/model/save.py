@@ -1,4 +1,4 @@
-"""Writing a model folder that transformers and vLLM open: safetensors, tokenizer, template."""
+"""Writing a model folder that transformers and vLLM open, or peft: weights, tokenizer, template."""
 
 import shutil
 from pathlib import Path
@@ -10,6 +10,8 @@ from transformers import AutoConfig
 from transformers.utils import logging as library_logging
 
 from stages.data.chat import TOKENIZER_FILES
+from stages.model.adapters import Adapter, write_adapter
+from stages.model.base import Base, write_base
 from stages.model.load import empty_copy
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,6 +35,33 @@ def save_model(
     assert not any(p.is_meta for p in plain.parameters()), "every weight was gathered"
     plain.config.dtype = dtype
     plain.save_pretrained(folder)
+    _save_chat(folder, tokenizer_from, template)
+
+
+def save_adapter(
+    model: Any,
+    adapter: Adapter,
+    base: Base,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer_from: Path,
+    template: str,
+) -> None:
+    """Save an adapter alone, in fp32, with all else that a model folder has; see `save_model`.
+
+    Args:
+        dtype: what the whole model is saved in, should it be merged one day.
+    """
+    write_adapter(folder, model, adapter, base)
+    write_base(folder, base)
+    plain = empty_copy(model)
+    plain.config.dtype = dtype
+    plain.config.save_pretrained(folder)
+    plain.generation_config.save_pretrained(folder)
+    _save_chat(folder, tokenizer_from, template)
+
+
+def _save_chat(folder: Path, tokenizer_from: Path, template: str) -> None:
     for name in TOKENIZER_FILES:
         if tokenizer_from != folder and (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)

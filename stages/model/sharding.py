@@ -5,7 +5,7 @@ the optimizer's state, and gathers a layer's weights only while it computes them
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,19 @@ from torch.distributed.tensor import DTensor
 
 from stages.config import ShardingConfig
 from stages.errors import ConfigError
+from stages.model.adapters import (
+    Adapter,
+    factors,
+    read_adapter,
+    settings_of,
+    transposed_maps,
+    weights,
+)
 from stages.model.checkpoints import rows_here
 from stages.model.group import Group
 from stages.model.load import load_model, load_skeleton
 from stages.model.pairs import PairForward
+from stages.model.source import model_chain
 
 
 def shard(forward: PairForward, group: Group, config: ShardingConfig, precision: str) -> None:
@@ -77,11 +86,12 @@ def open_sharded(
     """Open a model of which no process ever holds the whole, in fp32.
 
     It is made without weights, sharded, and each process reads its own rows from the safetensors
-    files. Where their names are not those of the model, and transformers would translate them,
-    rank 0 loads the whole instead and hands it out.
+    files, and adds those of the folder's adapters. Where their names are not those of the model,
+    and transformers would translate them, rank 0 loads the whole instead and hands it out.
 
     Args:
-        wrap: makes the module that is sharded from the model.
+        wrap: makes the module that is sharded from the model. The weights of adapters that it
+            attaches are left to `adapters.fill`.
     """
     model = load_skeleton(model_dir)
     forward = wrap(model)
@@ -92,26 +102,44 @@ def open_sharded(
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     _to_device(model, group)
-    places = _files_of(model_dir)
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if all(name in places for name in names):
-        _read_rows(model, places)
+    whole, *adapters = model_chain(model_dir)
+    places = _files_of(whole)
+    if all(name in places for name, _ in weights(model)):
+        _read_rows(model, places, [read_adapter(folder) for folder in adapters])
     else:
         _hand_out(model, model_dir, group)
     return forward
 
 
 def gathered(model: Any, group: Group, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """Return all weights on rank 0, on the CPU, None elsewhere; every rank must call it."""
+    """Return all weights on rank 0, on the CPU, None elsewhere; every rank must call it.
+
+    An attached adapter is merged into them in fp32.
+    """
+    adapter, transposed = gathered_adapter(model, group), transposed_maps(model)
     state = {}
-    for name, parameter in model.named_parameters():
-        full: Tensor = parameter
-        if isinstance(parameter, DTensor):
-            on_device: Any = parameter.to(group.device)
-            full = on_device.full_tensor()
+    for name, parameter in weights(model):
+        full = _whole(parameter, group)
         if group.rank == 0:
+            changed = name.removesuffix(".weight")
+            if adapter is not None and changed in adapter.factors:
+                full = full.detach().float().clone()
+                adapter.add_rows(changed, full, 0, transposed=changed in transposed)
             state[name] = full.detach().to("cpu", dtype)
     return state if group.rank == 0 else None
+
+
+def gathered_adapter(model: Any, group: Group) -> Adapter | None:
+    """Return the attached adapter on rank 0, on the CPU, None elsewhere or where there is none.
+
+    Every rank must call it.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for name, _, parameter in factors(model):
+        found.setdefault(name, []).append(_whole(parameter, group).detach().to("cpu"))
+    if group.rank > 0 or not found:
+        return None
+    return Adapter(*settings_of(model), {name: (a, b) for name, (a, b) in found.items()})
 
 
 def synchronise_gradients(forward: nn.Module, *, now: bool) -> None:
@@ -126,6 +154,14 @@ def sharded_parameters(forward: nn.Module, model: nn.Module) -> dict[str, Tensor
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward pass without a backward pass leaves them gathered
     return dict(model.named_parameters())
+
+
+def _whole(parameter: Tensor, group: Group) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    on_device: Any = parameter.to(group.device)
+    full: Tensor = on_device.full_tensor()
+    return full
 
 
 def _mesh(group: Group, group_size: int | None) -> DeviceMesh:
@@ -162,22 +198,26 @@ def _files_of(model_dir: Path) -> dict[str, Path]:
     return found
 
 
-def _read_rows(model: Any, places: dict[str, Path]) -> None:
+def _read_rows(model: Any, places: dict[str, Path], adapters: Sequence[Adapter]) -> None:
     files: dict[Path, Any] = {}
+    transposed = transposed_maps(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in weights(model):
             path = places[name]
             if path not in files:
                 files[path] = safe_open(path, framework="pt")
             local, start = rows_here(parameter)
             if local.numel():
                 local.copy_(files[path].get_slice(name)[start : start + local.shape[0]])
+            changed = name.removesuffix(".weight")
+            for adapter in adapters:
+                adapter.add_rows(changed, local, start, transposed=changed in transposed)
 
 
 def _hand_out(model: Any, model_dir: Path, group: Group) -> None:
     whole = dict(load_model(model_dir).named_parameters()) if group.rank == 0 else {}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in weights(model):
             full = torch.empty(parameter.shape, device=group.device)
             if group.rank == 0:
                 full.copy_(whole[name])

@@ -24,6 +24,7 @@ def test_an_iteration_with_vllm(tmp_path: Path) -> None:
     settings = [
         "generate.engine.name=vllm",
         "sft.architecture.hidden_size=64",  # vLLM has no CPU kernel for heads below 32
+        "train.lora.output=adapter",  # evaluate then hands vLLM an adapter
     ]
     words = ["run", str(recipe), "--run", str(run), "--iterations", "1", *settings]
     result = CliRunner().invoke(app, words)
@@ -48,5 +49,7 @@ def test_an_iteration_with_vllm(tmp_path: Path) -> None:
     assert compared == len(pairs) > 50
     train = read_manifest(run / "iterations/000/train")
     assert train.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert (run / "iterations/000/train/adapter_model.safetensors").is_file()
+    assert read_manifest(run / "iterations/000/evaluate").counts["prompts"] == 10
     status = CliRunner().invoke(app, ["status", str(run), "--json"])
     assert json.loads(status.stdout)["champion"].endswith("iterations/000/train")

@@ -92,7 +92,9 @@ def test_a_section_given_as_one_override_has_its_origin() -> None:
 
 
 def test_origins_name_every_setting_once() -> None:
-    names = [name for name, _, _ in load_recipe(None, ["sft.init=random"]).origins()]
+    names = [
+        name for name, _, _ in load_recipe(None, ["sft.init=random", "train.lora={}"]).origins()
+    ]
     assert len(names) == len(set(names))
     leaves = {n for n in known_keys() if not any(k.startswith(f"{n}.") for k in known_keys())}
     engine_of_evaluate = {n for n in leaves if n.startswith("evaluate.engine.")}
@@ -109,6 +111,9 @@ def test_origins_name_every_setting_once() -> None:
         ("train.beta=much", r"train\.beta='much': .*number"),
         ("train.beta=0", r"train\.beta=0: .*greater than 0"),
         ("train.loss=dpo", r"train\.loss='dpo': .*'sigmoid'"),
+        ("train.lora.rank=0", r"train\.lora\.rank=0: .*greater than or equal to 1"),
+        ("train.lora.target_modules=q_proj", r"target_modules='q_proj': give a list of names"),
+        ("train.lora.target_modules=[]", r"target_modules=\[\]: give a list of names"),
         ("generate.num_samples=1.5", r"generate\.num_samples=1\.5: .*integer"),
         ("seed=-1", r"seed=-1: .*greater than or equal to 0"),
         ("seed.x=1", r"seed=.*integer"),
