@@ -23,6 +23,7 @@ from stages.model.group import Group
 from stages.model.memory import apply_activation_checkpointing
 from stages.model.pairs import PairForward, autocast
 from stages.model.sharding import shard, synchronise_gradients
+from stages.objective.logprobs import CPU_CHUNK_LOGITS
 from tests.parity.test_memory import LiveBytes
 
 ROOT = Path(__file__).parents[2]
@@ -150,9 +151,8 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("group_size", [None, 4, 1])
+@pytest.mark.parametrize(("group_size", "precision"), [(None, "bf16"), (4, "bf16"), (1, "fp32")])
 def test_messages_are_those_of_the_trainer(
     bench: ModuleType,
     fake_group: tuple[Group, bool],
@@ -284,7 +284,103 @@ def test_kept_bytes_are_what_is_kept_on_a_cpu(bench: ModuleType, mode: Any) -> N
     shape = bench.Shape(1, 128, 4, 2, 320, 64)
     found = counted(bench, shape, mode)
     formula = bench.kept_bytes(bench.Model("", shape, is_tied=True), mode, on_cpu=True)
-    print(mode, formula, found)
-    assert found["living"] == pytest.approx(formula, rel=0.02)
+    assert found["living"] == pytest.approx(formula, abs=1)
     if mode == "none":  # checkpointing keeps its tensors elsewhere
-        assert found["saved"] == pytest.approx(formula, rel=0.02)
+        assert found["saved"] == pytest.approx(formula, abs=1)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_the_peak_is_near_the_formula(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    kept = bench.kept_bytes
+    monkeypatch.setattr(bench, "HEAD_CHUNK", CPU_CHUNK_LOGITS)
+    monkeypatch.setattr(bench, "kept_bytes", lambda model, how: kept(model, how, on_cpu=True))
+    shape = bench.Shape(6, 128, 4, 2, 512, 4096)
+    model = torch_model(shape, tied=True).train()
+    apply_activation_checkpointing(model, mode)
+    forward = PairForward(model, "shared", 0, 1024)
+    layout: Any = forward.lay_out(bench.trace_pairs()[:2])
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes() as live:
+        with autocast(torch.device("cpu"), "bf16"):
+            out = forward(layout)
+        out.chosen_B.sum().backward()  # type: ignore[no-untyped-call]
+    formula = bench.memory.__wrapped__(
+        bench.Model("", shape, is_tied=True), bench.Setting(mode), 1, len(layout.input_ids_T), 1
+    )
+    # Above it by what a CPU's attention keeps twice, below it where not all worst things meet.
+    assert 0.75 < live.peak / (formula.total - formula.state) < 1.05
+
+
+def test_memory_worked_by_hand(bench: ModuleType, toy: Any) -> None:
+    assert toy.weights == 2 * 136 + 84 == 356
+    kept = bench.kept_bytes(toy, "none")
+    assert kept == 26 * 4 + 8 * 6 + (8 + 4 * 2) + 4 * 4 + round(4 * 1.2 * 2)
+    assert bench.kept_bytes(toy, "full") == 4 * 4
+    found = bench.memory(toy, bench.Setting(), 4, 10, 1)
+    assert found.state == 16 * 356 / 4
+    assert found.gathered == 4 * 84  # the head's buffers are larger than a layer's
+    assert found.head == 8 * 40 + 10 * bench.HEAD_CHUNK
+    assert found.activations == 2 * 10 * kept + 20 * 4 * 10
+    offloaded = bench.memory(toy, bench.Setting(offload=True), 4, 10, 1)
+    assert (offloaded.state, offloaded.host) == (0, found.state)
+    # Gathered weights stay, and whole gradients where several micro-batches add up.
+    kept_weights = bench.Setting(reshard=False)
+    assert bench.memory(toy, kept_weights, 4, 10, 1).gathered == 4 * 84 + 2 * 272
+    assert bench.memory(toy, kept_weights, 4, 10, 2).gathered == 4 * 84 + 2 * 272 + 4 * 356
+    assert bench.memory(toy, bench.Setting(), 1, 10, 1).gathered == 2 * 272
+
+
+# -- What to take, and the document ---------------------------------------------------------------
+
+
+def test_settings_that_do_not_fit_are_not_taken(bench: ModuleType) -> None:
+    largest = bench.MODELS[-1]
+    assert bench.best(largest, 1, 64) is None
+    taken = bench.best(largest, 64, 512)
+    assert taken.memory.total <= bench.USABLE_BYTES
+    assert taken.setting.label(64).startswith("full+")
+    assert bench.best(bench.MODELS[0], 1, 512).setting == bench.Setting()
+
+
+def test_labels_name_what_is_set(bench: ModuleType) -> None:
+    assert bench.Setting().label(1) == "one"
+    assert bench.Setting("selective", None, False).label(8) == "full+sel+keep"
+    assert bench.Setting("full", 8, True, True, 4096).label(16) == "hybrid+ckpt+off+4k"
+    assert bench.Setting(group_size=8).label(8) == "full"
+    assert bench.Setting(group_size=1).label(8) == "copies"
+
+
+def test_tables_of_the_document_are_those_of_the_formulas(bench: ModuleType) -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"<!-- ([\w-]+) -->\n((?:\|.*\n)+)", text))
+    tables = {name: f"{table}\n" for name, table in bench.model_tables().items()}
+    assert found == tables, "python bench/scaling.py --model-tables prints them anew"
+
+
+# -- The measurement ------------------------------------------------------------------------------
+
+
+def test_losses_are_compared_with_the_first(bench: ModuleType) -> None:
+    curves = {
+        bench.Ranks(1, 1): bench.Measured(losses=[0.7, 0.6]),
+        bench.Ranks(2, 1): bench.Measured(losses=[0.7, 0.61]),
+        bench.Ranks(1, 2): bench.Measured(),
+    }
+    assert bench.loss_difference(curves) == pytest.approx(0.01)
+    bench.compare_losses(curves, "bf16")
+    with pytest.raises(SystemExit, match=r"losses differ by 1.00e-02, more than 0.001"):
+        bench.compare_losses(curves, "fp32")
+    curves[bench.Ranks(2, 1)].losses[0] = float("nan")
+    with pytest.raises(SystemExit, match="losses differ by nan"):
+        bench.compare_losses(curves, "bf16")
+
+
+def test_communication_is_summed_over_the_step(bench: ModuleType, toy: Any) -> None:
+    probe = {"gather layer": 1.0, "gather outer": 10.0, "reduce layer": 100.0, "reduce outer": 1e3}
+    seconds = sum(bench.probe_seconds(probe, toy, bench.Setting(), 2, 3))
+    assert seconds == 3 * (2 * 2 * 1 + 2 * 10 + 2 * 100 + 1000)
+    kept = bench.Setting(reshard=False)
+    assert sum(bench.probe_seconds(probe, toy, kept, 2, 3)) == 3 * (2 + 10) + 2 * 100 + 1000
