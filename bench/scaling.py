@@ -315,6 +315,14 @@ class Load:
     seen: int
     """Tokens that tokens see, summed."""
 
+    def is_below(self, other: "Load") -> bool:
+        """Tell whether the other is another, and has no less to do of anything."""
+        return self != other and (
+            self.tokens <= other.tokens
+            and self.responses <= other.responses
+            and self.seen <= other.seen
+        )
+
 
 @cache
 def trace_pairs(trace: str = TRACE) -> list[PairTokens]:
@@ -366,6 +374,17 @@ def sampled_batches(
     pairs = trace_pairs()
     starts = range(0, min(len(pairs), 8 * batch), batch)
     return tuple(deal(pairs[start : start + batch], ranks, budget) for start in starts)
+
+
+@cache
+def slowest_ranks(
+    batch: int, ranks: int, budget: int = TOKEN_BUDGET
+) -> tuple[list[list[Load]], ...]:
+    """Return `sampled_batches` without the ranks that another one has no less to do than."""
+    return tuple(
+        [[load for load in set(loads) if not any(map(load.is_below, loads))] for loads in batches]
+        for batches in sampled_batches(batch, ranks, budget)
+    )
 
 
 @dataclass(frozen=True)
@@ -596,7 +615,7 @@ def predict(
     model: Model, setting: Setting, gpus: int, batch: int, machine: Machine = H100
 ) -> Prediction:
     """Return the mean over some global batches of the trace, and the memory of the largest."""
-    batches = sampled_batches(batch, gpus, setting.budget)
+    batches = slowest_ranks(batch, gpus, setting.budget)
     seconds = sum(step_seconds(model, setting, gpus, loads, machine) for loads in batches)
     ideal = ideal_seconds(model, gpus, batch, machine)
     needed = needed_memory(model, setting, gpus, batch)

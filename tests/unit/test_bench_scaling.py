@@ -171,7 +171,7 @@ def test_messages_are_those_of_the_trainer(
             synchronise_gradients(forward, now=number == 2 or reshard)
             with autocast(group.device, precision):
                 out = forward(forward.lay_out(PAIRS))
-            out.chosen_B.sum().backward()  # type: ignore[no-untyped-call]
+            out.chosen_B.sum().backward()
     expected = [
         (message.kind, message.size_bytes)
         for number in range(3)
@@ -306,7 +306,7 @@ def test_the_peak_is_near_the_formula(
     with LiveBytes() as live:
         with autocast(torch.device("cpu"), "bf16"):
             out = forward(layout)
-        out.chosen_B.sum().backward()  # type: ignore[no-untyped-call]
+        out.chosen_B.sum().backward()
     formula = bench.memory.__wrapped__(
         bench.Model("", shape, is_tied=True), bench.Setting(mode), 1, len(layout.input_ids_T), 1
     )
