@@ -1,6 +1,5 @@
 """Parquet as this project writes it: explicit schema, zstd, page checksums, bounded row groups."""
 
-import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -119,11 +118,6 @@ def count_rows(paths: Iterable[Path]) -> int:
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
     return total
-
-
-def merge_sorted(streams: Iterable[Iterator[Row]], key: Sequence[str]) -> Iterator[Row]:
-    """Merge streams, each sorted by the columns `key`, into one sorted stream."""
-    return heapq.merge(*streams, key=lambda row: tuple(row[name] for name in key))
 
 
 def _unreadable(path: Path, error: Exception) -> CorruptError:

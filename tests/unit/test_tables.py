@@ -10,7 +10,6 @@ from stages.artifacts.tables import (
     ROW_GROUP_ROWS,
     TableWriter,
     count_rows,
-    merge_sorted,
     read_batches,
     read_rows,
 )
@@ -131,9 +130,3 @@ def test_errors_of_the_reader_s_user_are_not_taken_for_damage(tmp_path: Path) ->
     with pytest.raises(OSError, match="mine"):
         for _ in read_rows([tmp_path / "a"], SCHEMA):
             raise OSError("mine")
-
-
-def test_merge_sorted_streams_keep_the_order() -> None:
-    a = [{"id": "a", "n": 1}, {"id": "c", "n": 0}]
-    b = [{"id": "a", "n": 0}, {"id": "b", "n": 5}]
-    assert list(merge_sorted([iter(a), iter(b)], ["id", "n"])) == [b[0], a[0], b[1], a[1]]
