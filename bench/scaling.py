@@ -199,10 +199,6 @@ HOST_BYTES = 190e9
 
 # -- The written model: communication -------------------------------------------------------------
 
-ALL_REDUCE_EVERY_MICRO_BATCH = True
-"""What `synchronise_gradients` does between copies, with reshard_after_forward; once a step would
-be enough, see docs/scaling.md."""
-
 
 @dataclass(frozen=True)
 class Message:
@@ -273,7 +269,7 @@ def messages(
                 found.append(Message("gather", "backward", count, size, group, near, exposed))
         if group > 1 and (is_last or setting.reshard):
             found.append(Message("reduce", "backward", count, 4 * weights, group, near, exposed))
-        if copies > 1 and (is_last or (setting.reshard and ALL_REDUCE_EVERY_MICRO_BATCH)):
+        if copies > 1 and is_last:
             found.append(
                 Message(
                     "all-reduce",
@@ -589,8 +585,8 @@ def memory(model: Model, setting: Setting, gpus: int, tokens: int, micro_batches
     again = 0 if setting.checkpointing == "none" else tokens * kept_bytes(model, "none")
     passing = tokens * (12 * width + 6 * inner)  # gradients of activations in one layer
     after_layers = 20 * width * tokens  # hidden states of the head, and their gradients
-    # bf16 copy, fp32 gradient and one bf16 product; logits in bf16 and fp32, two residuals.
-    head = 8.0 * model.head + 10.0 * HEAD_CHUNK
+    # bf16 copy, fp32 gradient and one bf16 product; logits in bf16 and fp32, one residual.
+    head = 8.0 * model.head + 8.0 * HEAD_CHUNK
     at_head = Memory(state, around, kept + after_layers, head, 0.0)
     in_layer = Memory(state, around + buffers, kept + again + passing, 4.0 * model.head, 0.0)
     worst = max(at_head, in_layer, key=lambda m: m.total)

@@ -210,9 +210,8 @@ class _Loop:
         )
         for number, micro in enumerate(batch):
             is_last = number + 1 == len(batch)
-            synchronise_gradients(
-                self.forward, now=is_last or self.config.sharding.reshard_after_forward
-            )
+            every = self.config.sharding.reshard_after_forward
+            synchronise_gradients(self.forward, is_last=is_last, every=every)
             micro = placed(micro, self.group.device)
             with autocast(self.group.device, self.config.precision):
                 part, sums = self.objective.loss(micro)

@@ -142,10 +142,15 @@ def gathered_adapter(model: Any, group: Group) -> Adapter | None:
     return Adapter(*settings_of(model), {name: (a, b) for name, (a, b) in found.items()})
 
 
-def synchronise_gradients(forward: nn.Module, *, now: bool) -> None:
-    """Say whether the next backward pass adds up gradients over the ranks, or keeps its own."""
+def synchronise_gradients(forward: nn.Module, *, is_last: bool, every: bool) -> None:
+    """Say what the next backward pass does with gradients, of a micro-batch of a step.
+
+    Shards are added up in the last one, or in every one, so that whole gradients are never kept;
+    the copies of hybrid sharding only in the last.
+    """
     if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(now)
+        forward.set_requires_gradient_sync(is_last or every)
+        forward.set_requires_all_reduce(is_last)
 
 
 def sharded_parameters(forward: nn.Module, model: nn.Module) -> dict[str, Tensor]:

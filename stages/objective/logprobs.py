@@ -129,6 +129,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                         grad_weight_VD += residual_CV.t() @ scaled_CD
                 if grad_bias_V is not None:
                     grad_bias_V += (scale_C1.t() @ probs_CV).squeeze(0)
+                del residual_CV  # else it lives on while the next chunk's is made
         return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None
 
 

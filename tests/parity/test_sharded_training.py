@@ -72,7 +72,7 @@ def assert_same_training(one: Path, other: Path, tolerance: float = 1e-5) -> Non
     [
         {},
         {"attention": "padded", "micro_batch_size": 2},
-        {"sharding": {"group_size": 1}, "activation_checkpointing": "full"},
+        {"sharding": {"group_size": 1}, "activation_checkpointing": "full", "token_budget": 40},
         {"sharding": {"reshard_after_forward": False, "cpu_offload": True}, "token_budget": 40},
     ],
     ids=["shared", "padded", "hybrid", "offload"],

@@ -168,7 +168,7 @@ def test_messages_are_those_of_the_trainer(
     forward.train()
     with Sent() as sent:
         for number in range(3):
-            synchronise_gradients(forward, now=number == 2 or reshard)
+            synchronise_gradients(forward, is_last=number == 2, every=reshard)
             with autocast(group.device, precision):
                 out = forward(forward.lay_out(PAIRS))
             out.chosen_B.sum().backward()
@@ -322,7 +322,7 @@ def test_memory_worked_by_hand(bench: ModuleType, toy: Any) -> None:
     found = bench.memory(toy, bench.Setting(), 4, 10, 1)
     assert found.state == 16 * 356 / 4
     assert found.gathered == 4 * 84  # the head's buffers are larger than a layer's
-    assert found.head == 8 * 40 + 10 * bench.HEAD_CHUNK
+    assert found.head == 8 * 40 + 8 * bench.HEAD_CHUNK
     assert found.activations == 2 * 10 * kept + 20 * 4 * 10
     offloaded = bench.memory(toy, bench.Setting(offload=True), 4, 10, 1)
     assert (offloaded.state, offloaded.host) == (0, found.state)
