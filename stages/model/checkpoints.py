@@ -91,6 +91,7 @@ class Checkpoints:
             ConfigError: its optimizer state can only be read by as many processes as wrote it.
         """
         whole = self._whole()
+        self._discard_parts(whole)
         if not whole:
             return 0, []
         step = max(whole)
@@ -98,6 +99,13 @@ class Checkpoints:
         _fill(trained, parts)
         history: list[list[float]] = parts[0].tensor(HISTORY).tolist()
         return step, history
+
+    def _discard_parts(self, whole: Mapping[int, Sequence[str]]) -> None:
+        """Delete files of checkpoints that are not whole: they must not complete one of ours."""
+        complete = {name for names in whole.values() for name in names}
+        for name in self._shards.noted():
+            if _FILE.fullmatch(name) and name not in complete:
+                self._shards.discard(name)
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         self._shards.write(name, sha256_text(name), partial(save_file, tensors, metadata=metadata))

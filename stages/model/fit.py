@@ -42,6 +42,8 @@ log = logging.getLogger("spin")
 
 AHEAD = 2
 """Global batches read and packed while one is computed."""
+SAME_SIGNAL_S = 2.0
+"""Signals this close are one request: a process group gets it, and its parent passes it on."""
 GO_ON, CHECKPOINT, LEAVE = range(3)
 _LOSS, _NORM, _SECONDS, _METRICS = range(4)
 
@@ -199,7 +201,8 @@ class _Loop:
         """Tell whether any rank was asked to leave; all ask this equally often."""
         if self.group.highest(LEAVE if interruption.asked else GO_ON) != LEAVE:
             return False
-        interruption.asked = interruption.asked or signal.SIGTERM
+        if not interruption.asked:
+            interruption.ask(signal.SIGTERM)
         return True
 
     def _take(self, step: int, batch: Sequence[Any], interruption: "_Interruption") -> bool:
@@ -222,7 +225,8 @@ class _Loop:
             if self._agreed(interruption):
                 return False
         self.group.add_up(figures)
-        norm = _clip(self.parameters.values(), self.config.max_grad_norm)
+        # Offloaded gradients, and so their norm, are on the CPU.
+        norm = _clip(self.parameters.values(), self.config.max_grad_norm).to(self.group.device)
         bad = ~(torch.isfinite(figures[0]) & torch.isfinite(norm))
         self.stop = torch.maximum(self.stop, bad.to(self.stop.dtype))
         step_unless(self.optimizer, self.stop)
@@ -313,6 +317,7 @@ class _Interruption:
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interruption":
@@ -327,9 +332,15 @@ class _Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        self.ask(number)
+
+    def ask(self, number: int) -> None:
+        """Note the wish to leave; a second one, if it is not the same passed on, is obeyed now."""
+        now = time.monotonic()
+        if self.asked and now - self._asked_at > SAME_SIGNAL_S:
             self.leave()
-        self.asked = number
+        if not self.asked:
+            self.asked, self._asked_at = number, now
 
     def leave(self) -> None:
         """Do what the signal would have done, if one came."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -263,24 +264,14 @@ class _Crew:
     """Ranks started by this process, and watched by it."""
 
     def __init__(self, work: Callable[[Any], Any], job: Any, num_ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        self._work, self._job, self._num_ranks = work, job, num_ranks
         self._pipes: list[Connection] = []
-        self._processes = []
-        level = log.getEffectiveLevel()
-        for rank in range(num_ranks):
-            ours, theirs = context.Pipe()
-            place = _Place(rank, num_ranks, port, level, os.getpid())
-            process = context.Process(
-                target=_serve, args=(place, work, job, theirs), name=f"spin rank {rank}"
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._processes: list[SpawnProcess] = []
 
     def report(self) -> Any:
+        """Start all ranks and wait for them; see `together`."""
         try:
+            self._start()
             return self._receive()
         except BaseException as error:
             self._stop(None if isinstance(error, SpinError) else signal.SIGTERM)
@@ -288,6 +279,19 @@ class _Crew:
         finally:
             for pipe in self._pipes:
                 pipe.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        port, level = _free_port(), log.getEffectiveLevel()
+        for rank in range(self._num_ranks):
+            ours, theirs = context.Pipe()
+            self._pipes.append(ours)
+            place = _Place(rank, self._num_ranks, port, level, os.getpid())
+            arguments = (place, self._work, self._job, theirs)
+            process = context.Process(target=_serve, args=arguments, name=f"spin rank {rank}")
+            self._processes.append(process)
+            process.start()
+            theirs.close()
 
     def _receive(self) -> Any:
         """Wait until all ranks ended well; the first that did not decides the error."""
@@ -305,31 +309,43 @@ class _Crew:
         try:
             kind, content = self._pipes[rank].recv()
         except (EOFError, OSError):
-            process = self._processes[rank]
-            process.join(FAIL_GRACE_S)
-            raise SpinError(
-                f"rank {rank} of {len(self._pipes)} ended without a word "
-                f"({_ending(process.exitcode)}); the system's log may tell more"
-            ) from None
+            self._processes[rank].join(FAIL_GRACE_S)
+            raise self._lost(rank) from None
+        if kind == "bug":  # it may only have noticed that another one is gone
+            time.sleep(FAIL_GRACE_S)
+            for other, process in enumerate(self._processes):
+                if process.exitcode is not None and process.exitcode < 0:
+                    raise self._lost(other)
+            raise RuntimeError(f"rank {rank} of {self._num_ranks}:\n{content}")
         if kind == "error":
             raise content
-        if kind == "bug":
-            raise RuntimeError(f"rank {rank} of {len(self._pipes)}:\n{content}")
         return content
+
+    def _lost(self, rank: int) -> SpinError:
+        code = self._processes[rank].exitcode
+        if code == _SIGNAL_EXIT + signal.SIGTERM:
+            return SpinError(
+                f"rank {rank} of {self._num_ranks} was asked to end; run the same command again to "
+                "go on from its checkpoint"
+            )
+        return SpinError(
+            f"rank {rank} of {self._num_ranks} ended without a word ({_ending(code)}); the "
+            "system's log may tell more"
+        )
 
     def _stop(self, number: int | None) -> None:
         """End all ranks: with a signal they may write a checkpoint first."""
-        grace = FAIL_GRACE_S if number is None else STOP_GRACE_S
-        deadline = time.monotonic() + grace
-        for process in self._processes:
+        started = [process for process in self._processes if process.pid is not None]
+        deadline = time.monotonic() + (FAIL_GRACE_S if number is None else STOP_GRACE_S)
+        for process in started:
             if number is not None and process.is_alive() and process.pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, number)
         try:
-            for process in self._processes:
+            for process in started:
                 process.join(max(0.0, deadline - time.monotonic()))
         finally:  # also where a second signal does not want to wait
-            for process in self._processes:
+            for process in started:
                 if process.is_alive():
                     process.kill()
                 process.join()
@@ -364,7 +380,7 @@ def _serve(place: _Place, work: Callable[[Any], Any], job: Any, pipe: Connection
         message = ("report", work(job))
     except SystemExit as error:
         os._exit(int(error.code or 0))
-    except SpinError as error:
+    except (SpinError, OSError) as error:
         message = ("error", error)
     except Exception:  # noqa: BLE001 told to the parent, which ends with it
         message = ("bug", traceback.format_exc())

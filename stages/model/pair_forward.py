@@ -76,25 +76,29 @@ def pair_logprobs_shared(
 
 
 def pair_logprobs_one_at_a_time(
-    model: PreTrainedModel, pairs: Sequence[PairTokens]
+    model: PreTrainedModel, pairs: Sequence[PairTokens], device: torch.device | None = None
 ) -> PairLogprobs:
-    """The slow twin: each sequence alone through the plain model, with all of its logits."""
+    """The slow twin: each sequence alone through the plain model, with all of its logits.
+
+    `device` is where the model computes, if its weights wait elsewhere.
+    """
+    device = device or model.device
     sums_S = []
     for pair in pairs:
         for response in (pair.chosen, pair.rejected):
             if not len(response):  # a supervised row has no rejected response
-                sums_S.append(torch.zeros(1, device=model.device))
+                sums_S.append(torch.zeros(1, device=device))
                 continue
-            ids_T = torch.tensor([*pair.prompt, *response], device=model.device)
+            ids_T = torch.tensor([*pair.prompt, *response], device=device)
             logits_1TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits
-            scored_T = torch.arange(1, len(ids_T), device=model.device) >= len(pair.prompt)
+            scored_T = torch.arange(1, len(ids_T), device=device) >= len(pair.prompt)
             sums_S.append(logprobs_from_logits(logits_1TV[:, :-1], ids_T[None, 1:], scored_T[None]))
     both_S = torch.cat(sums_S)
     return PairLogprobs(
         chosen_B=both_S[0::2].clone(),
         rejected_B=both_S[1::2].clone(),
-        chosen_tokens_B=torch.tensor([len(pair.chosen) for pair in pairs], device=model.device),
-        rejected_tokens_B=torch.tensor([len(p.rejected) for p in pairs], device=model.device),
+        chosen_tokens_B=torch.tensor([len(pair.chosen) for pair in pairs], device=device),
+        rejected_tokens_B=torch.tensor([len(p.rejected) for p in pairs], device=device),
     )
 
 

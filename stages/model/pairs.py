@@ -80,9 +80,17 @@ class PairForward(nn.Module):
         self.model = model
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
+        self.compute_device: torch.device | None = None
+        """Set where it is not where the weights are."""
         self.mode, self._attention = _choose(model.config, wish, max_tokens)
         if self._attention is not None:
             model.set_attn_implementation(self._attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; offloaded weights wait elsewhere."""
+        found: torch.device = self.compute_device or self.model.device
+        return found
 
     def lay_out(self, pairs: Sequence[PairTokens]) -> PairInput:
         """Return pairs as `forward` takes them, on the CPU."""
@@ -99,9 +107,9 @@ class PairForward(nn.Module):
         if isinstance(batch, PaddedPairs):
             return pair_logprobs_padded(self.model, batch)
         if self._attention != ATTENTION_NAME:
-            return pair_logprobs_one_at_a_time(self.model, batch)
+            return pair_logprobs_one_at_a_time(self.model, batch, self.device)
         with attention_implementation(self.model, "sdpa"):
-            return pair_logprobs_one_at_a_time(self.model, batch)
+            return pair_logprobs_one_at_a_time(self.model, batch, self.device)
 
     def fall_back(self) -> None:
         """Go on the usual way, padded."""
@@ -158,7 +166,7 @@ def twin_error(forward: PairForward, pairs: Sequence[PairTokens], precision: str
     """
     if forward.mode == "single":
         return 0.0
-    device = forward.model.device
+    device = forward.device
     with torch.no_grad(), autocast(device, precision):
         fast = forward(placed(forward.lay_out(pairs), device))
         slow = forward(list(pairs))

@@ -50,6 +50,7 @@ def shard(forward: PairForward, group: Group, config: ShardingConfig, precision:
     Raises:
         ConfigError: the ranks cannot be divided into groups of `config.group_size`.
     """
+    forward.compute_device = group.device
     mesh = _mesh(group, config.group_size)
     offload = OffloadPolicy()
     if config.cpu_offload:

@@ -1,6 +1,7 @@
 """Training that is cut off goes on from its checkpoint, and ends in the same bytes."""
 
 import math
+import os
 import random
 import signal
 import subprocess
@@ -54,7 +55,9 @@ def bytes_of(out: Path) -> dict[str, str]:
     return {f.path: f.sha256 for f in read_manifest(out).files if not f.volatile}
 
 
-def start(scored: Path, model_dir: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(
+    scored: Path, model_dir: Path, out: Path, *overrides: str, own_group: bool = False
+) -> subprocess.Popen[str]:
     """`spin train` as a user starts it, slow enough to be cut off where one likes."""
     settings = [f"train.{k}={v}" for k, v in SETTINGS.items() if k != "checkpoint"]
     command = [sys.executable, "-m", "tests.faults.slow_train", "--pairs", scored, "--out", out]
@@ -64,6 +67,7 @@ def start(scored: Path, model_dir: Path, out: Path, *overrides: str) -> subproce
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
+        start_new_session=own_group,
         # A shell's background job ignores SIGINT, and so would all that it starts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
@@ -248,3 +252,21 @@ def test_checkpoints_leave_no_trace_in_the_artifact(unbroken: Path) -> None:
     assert not [p for p in unbroken.rglob("*") if "step-" in p.name or p.name == ".shards"]
     beside = {path.name for path in unbroken.parent.iterdir()}
     assert beside == {unbroken.name, ".train.lock"}
+
+
+def test_a_signal_to_the_whole_process_group_is_one_request(
+    scored: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """As a batch system sends it: to the ranks, and to their parent, which passes it on."""
+    out = tmp_path / "train"
+    settings = ("train.processes=2", "train.checkpoint.every_steps=1000")
+    process = start(scored, tiny_model_dir, out, *settings, own_group=True)
+    wait_until(lambda: out.with_name("step-8").exists())
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=BARRIER_S)
+    assert process.returncode == 143, said
+    assert len(steps_kept(out)) == 1, "the checkpoint that the signal asked for"
+    again = start(scored, tiny_model_dir, out, "train.processes=2")
+    _, said = again.communicate(timeout=BARRIER_S)
+    assert again.returncode == 0, said
+    assert "from a checkpoint" in said

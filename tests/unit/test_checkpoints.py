@@ -83,6 +83,15 @@ def test_a_checkpoint_that_lacks_a_part_is_none(tmp_path: Path) -> None:
     assert Checkpoints(shards, keep=5).restore(trained())[0] == 1
 
 
+def test_a_part_of_another_attempt_never_completes_one(tmp_path: Path) -> None:
+    """On a GPU two attempts are not bit for bit the same, and must not be joined."""
+    shards = ShardStore(tmp_path, "key")
+    name = module.ASIDE + "/step-00000020/part-00000-of-00002.safetensors"
+    shards.write(name, "ids", lambda path: path.touch())
+    assert Checkpoints(shards, keep=2).restore(trained()) == (0, [])
+    assert not shards.noted()
+
+
 def test_those_of_another_attempt_are_not_seen(tmp_path: Path) -> None:
     checkpoints = Checkpoints(ShardStore(tmp_path, "key"), keep=1)
     checkpoints.write(1, trained(), [[0.0]])
