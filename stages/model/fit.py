@@ -108,7 +108,7 @@ def fit(
     """Train the model inside `forward` in place.
 
     Goes on from the newest of `checkpoints`, and writes some. SIGTERM or Ctrl-C ends it at the
-    next micro-batch, with a checkpoint of the last whole step; a second one ends it at once.
+    next micro-batch, with a checkpoint of the last whole step; a later second one ends it at once.
 
     Args:
         on_step: is told every step, also those of an earlier attempt, after its update.
