@@ -5,10 +5,10 @@ on is the text it was asked with: same template, same BOS, same end token.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.artifacts.keys import canonical_json, sha256_file, sha256_text
 from stages.config import ChatConfig
@@ -20,9 +20,15 @@ PLAIN_TEMPLATE = (
 )
 """Every message on a line of its own, assistant messages closed by the end token."""
 
+PART_ROWS = 1024
+PART_CHARACTERS = 1 << 20  # tokenizers keep some 100 bytes a character while they work
+
 _PROBE = "spin⟂probe"
+_SEEN_OF_TOKENIZERS = (TypeError, ValueError, OverflowError)  # on hostile text
 
 Message = Mapping[str, str]
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class RowRefusedError(Exception):
@@ -32,6 +38,46 @@ class RowRefusedError(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+class TextCoder:
+    """Encodes and decodes many texts a call, with all cores; adds and removes nothing."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        self._tokenizer = tokenizer
+        names = ("_encode_plus", "_decode", "decode")
+        self._is_fast = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+            getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerFast, name)
+            for name in names
+        )
+        if self._is_fast:  # a tokenizer.json may ask to cut off or to pad
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
+        if not texts:
+            return []
+        if not self._is_fast:
+            return list(self._tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+        # The library's own call costs half as much again, for masks that no one reads.
+        backend = self._tokenizer.backend_tokenizer
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, token_ids: Sequence[list[int]]) -> list[str]:
+        """Return the text of each sequence of token ids."""
+        if self._is_fast:
+            backend = self._tokenizer.backend_tokenizer
+            return list(backend.decode_batch(token_ids, skip_special_tokens=False))
+        return [
+            self._tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            for ids in token_ids
+        ]
 
 
 @dataclass(frozen=True)
@@ -52,23 +98,74 @@ class Renderer:
     fingerprint: str
     """See `chat_fingerprint`."""
     _special: re.Pattern[str]
+    _backend: TextCoder
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation up to where the response begins.
 
         Raises:
             RowRefusedError: the text is no valid Unicode, holds one of the tokenizer's special
-                tokens, or the template refuses the roles.
+                tokens, the template refuses the roles, or the tokenizer fails.
         """
-        for message in messages:
-            self._check_text(message["content"])
-        return self._encode(self.prompt_text(messages))
+        return _or_raise(self.prompts_tokens([messages])[0])
+
+    def prompts_tokens(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> list[list[int] | RowRefusedError]:
+        """Return the token ids of many conversations, or why one is refused; see `prompt_tokens`.
+
+        What a row gives does not depend on the rows beside it.
+        """
+        found: list[list[int] | RowRefusedError] = []
+        for part in _parts(conversations):
+            checked = _each(part, self._completed)
+            texts = _each(checked, self._render)
+            found += _all_at_once(texts, self._encode_all)
+        return found
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """Return the rendered text whose tokens `prompt_tokens` returns."""
+        """Return the rendered text whose tokens `prompt_tokens` returns.
+
+        Raises:
+            RowRefusedError: as `prompt_tokens`.
+        """
+        return self._render(self._completed(messages))
+
+    def response_tokens(self, text: str) -> list[int]:
+        """Return the token ids of a response text, closed by exactly one end token.
+
+        Raises:
+            RowRefusedError: as `prompt_tokens`.
+        """
+        self._check_text(text)
+        [tokens] = _all_at_once([self.response_lead + text], self._encode_all)
+        return [*_or_raise(tokens), self.end_token_id]
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Return the text of response tokens, without the stop token at the end."""
+        return self.texts([token_ids])[0]
+
+    def texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of many responses; see `text`."""
+        stops = frozenset(self.stop_token_ids)
+        kept = [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in token_ids]
+        found = self._backend.decode(kept)
+        return [text.removeprefix(self.response_lead) for text in found]
+
+    def _completed(self, messages: Sequence[Message]) -> list[Message]:
+        for message in messages:
+            self._check_text(message["content"])
+        complete = [dict(m) for m in messages]
+        if self.system is not None and (not complete or complete[0]["role"] != "system"):
+            complete.insert(0, {"role": "system", "content": self.system})
+        if self.prompt_suffix:
+            complete[-1]["content"] += self.prompt_suffix
+        return list(complete)
+
+    def _render(self, messages: Sequence[Message]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                self._complete(messages),
+                messages,
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -78,36 +175,8 @@ class Renderer:
         assert isinstance(text, str), "a template renders text"
         return text
 
-    def response_tokens(self, text: str) -> list[int]:
-        """Return the token ids of a response text, closed by exactly one end token.
-
-        Raises:
-            RowRefusedError: as `prompt_tokens`.
-        """
-        self._check_text(text)
-        return [*self._encode(self.response_lead + text), self.end_token_id]
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Return the text of response tokens, without the stop token at the end."""
-        kept = list(token_ids)
-        if kept and kept[-1] in self.stop_token_ids:
-            kept.pop()
-        text = self.tokenizer.decode(
-            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str), "one sequence decodes to one text"
-        return text.removeprefix(self.response_lead)
-
-    def _complete(self, messages: Sequence[Message]) -> list[Message]:
-        complete = [dict(m) for m in messages]
-        if self.system is not None and (not complete or complete[0]["role"] != "system"):
-            complete.insert(0, {"role": "system", "content": self.system})
-        if self.prompt_suffix:
-            complete[-1]["content"] += self.prompt_suffix
-        return list(complete)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._backend.encode(texts)
 
     def _check_text(self, text: str) -> None:
         try:
@@ -117,6 +186,56 @@ class Renderer:
         found = self._special.search(text)
         if found:
             raise RowRefusedError("special_token", f"{found.group()!r} stands in the text")
+
+
+def _parts(conversations: Sequence[Sequence[Message]]) -> Iterator[list[Sequence[Message]]]:
+    """Yield them in parts that are bounded in number and in text."""
+    part: list[Sequence[Message]] = []
+    size = 0
+    for messages in conversations:
+        part.append(messages)
+        size += sum(len(message["content"]) for message in messages)
+        if len(part) >= PART_ROWS or size >= PART_CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _each(values: Iterable[A | RowRefusedError], do: Callable[[A], B]) -> list[B | RowRefusedError]:
+    """Do something with every value that is not refused yet."""
+    found: list[B | RowRefusedError] = []
+    for value in values:
+        try:
+            found.append(value if isinstance(value, RowRefusedError) else do(value))
+        except RowRefusedError as error:
+            found.append(error)
+    return found
+
+
+def _all_at_once(
+    texts: Sequence[str | RowRefusedError], encode: Callable[[Sequence[str]], list[list[int]]]
+) -> list[list[int] | RowRefusedError]:
+    """Encode what is not refused yet in one call; one by one where that fails."""
+
+    def alone(text: str) -> list[int]:
+        try:
+            return encode([text])[0]
+        except _SEEN_OF_TOKENIZERS as error:
+            raise RowRefusedError("tokenizer_error", " ".join(str(error).split())[:200]) from error
+
+    good = [text for text in texts if not isinstance(text, RowRefusedError)]
+    try:
+        tokens = iter(encode(good))
+    except _SEEN_OF_TOKENIZERS:
+        return _each(texts, alone)
+    return [text if isinstance(text, RowRefusedError) else next(tokens) for text in texts]
+
+
+def _or_raise(value: A | RowRefusedError) -> A:
+    if isinstance(value, RowRefusedError):
+        raise value
+    return value
 
 
 TOKENIZER_FILES = (
@@ -167,6 +286,7 @@ def make_renderer(model_dir: Path, chat: ChatConfig) -> Renderer:
         response_lead=lead,
         fingerprint=chat_fingerprint(model_dir, chat),
         _special=_special_pattern(tokenizer),
+        _backend=TextCoder(tokenizer),
     )
 
 

@@ -1,9 +1,10 @@
 """Which prompts can be asked: rendered, not blank, and with room left for a whole answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from stages.data.chat import Renderer, RowRefusedError
+from stages.data.chat import Message, Renderer, RowRefusedError
 from stages.errors import InputError
 
 NO_LIMIT = 1 << 30  # positions, for models that have no limit
@@ -18,12 +19,7 @@ def model_room(model_dir: Path, max_model_len: int | None, max_new_tokens: int) 
     Raises:
         InputError: an answer of `max_new_tokens` leaves no room for a prompt.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        model_dir, trust_remote_code=False, local_files_only=True
-    ).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    positions = getattr(_config(model_dir), "max_position_embeddings", None) or NO_LIMIT
     room = int(min(positions, max_model_len or positions))
     if room <= max_new_tokens:
         raise InputError(
@@ -33,25 +29,69 @@ def model_room(model_dir: Path, max_model_len: int | None, max_new_tokens: int) 
     return room
 
 
-def askable_tokens(
-    messages: Sequence[Mapping[str, str]], renderer: Renderer, limit: int
-) -> list[int]:
-    """Return a prompt's tokens.
+def model_vocab_size(model_dir: Path) -> int | None:
+    """Return how many tokens the model knows, or None where its config does not tell."""
+    size = getattr(_config(model_dir), "vocab_size", None)
+    return None if size is None else int(size)
 
-    Args:
-        limit: the most tokens that it may have.
+
+def _config(model_dir: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        model_dir, trust_remote_code=False, local_files_only=True
+    ).get_text_config()
+
+
+def askable_tokens(
+    messages: Sequence[Message], renderer: Renderer, limit: int, vocab_size: int | None = None
+) -> list[int]:
+    """Return one prompt's tokens; see `askable_batch`.
 
     Raises:
         RowRefusedError: it cannot be asked.
     """
-    if not messages or not messages[-1]["content"].strip():
-        raise RowRefusedError("empty_prompt", "only white space in its last message")
-    try:
-        tokens = renderer.prompt_tokens(messages)
-    except (TypeError, ValueError, OverflowError) as error:  # seen on hostile text
-        raise RowRefusedError("tokenizer_error", " ".join(str(error).split())[:200]) from error
+    [found] = askable_batch([messages], renderer, limit, vocab_size)
+    if isinstance(found, RowRefusedError):
+        raise found
+    return found
+
+
+def askable_batch(
+    conversations: Sequence[Sequence[Message]],
+    renderer: Renderer,
+    limit: int,
+    vocab_size: int | None = None,
+) -> list[list[int] | RowRefusedError]:
+    """Return every prompt's tokens, or why it cannot be asked.
+
+    Args:
+        limit: the most tokens that a prompt may have.
+        vocab_size: how many tokens the model knows; None leaves ids unchecked.
+    """
+    blank = [not messages or not messages[-1]["content"].strip() for messages in conversations]
+    asked = [messages for messages, is_blank in zip(conversations, blank, strict=True)
+             if not is_blank]  # fmt: skip
+    rendered = iter(renderer.prompts_tokens(asked))
+    return [
+        RowRefusedError("empty_prompt", "only white space in its last message")
+        if is_blank
+        else _checked(next(rendered), limit, vocab_size)
+        for is_blank in blank
+    ]
+
+
+def _checked(
+    tokens: list[int] | RowRefusedError, limit: int, vocab_size: int | None
+) -> list[int] | RowRefusedError:
+    if isinstance(tokens, RowRefusedError):
+        return tokens
     if not tokens:
-        raise RowRefusedError("empty_prompt", "it renders to no token")
+        return RowRefusedError("empty_prompt", "it renders to no token")
     if len(tokens) > limit:
-        raise RowRefusedError("prompt_too_long", f"{len(tokens)} tokens, at most {limit} fit")
+        return RowRefusedError("prompt_too_long", f"{len(tokens)} tokens, at most {limit} fit")
+    if vocab_size is not None and max(tokens) >= vocab_size:
+        return RowRefusedError(
+            "token_out_of_vocabulary", f"token {max(tokens)}, the model knows {vocab_size}"
+        )
     return tokens

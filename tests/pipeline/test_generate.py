@@ -16,7 +16,7 @@ from stages.artifacts import Manifest, Outcome, Plan, TableWriter, Workspace, pr
 from stages.artifacts.keys import row_seed, sha256_text
 from stages.artifacts.tables import Row
 from stages.config import RunConfig
-from stages.data.chat import Renderer, make_renderer
+from stages.data.chat import TextCoder, make_renderer
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS
 from stages.errors import ConfigError, CorruptError, InputError
 from stages.generate import GenerateInputs
@@ -162,14 +162,14 @@ def test_bad_prompts_are_quarantined_and_the_rest_completes(
 def test_a_tokenizer_that_fails_costs_its_row_alone(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Renderer.prompt_tokens
+    encode = TextCoder.encode
 
-    def fail_on_seven(renderer: Renderer, messages: Any) -> list[int]:
-        if " 7 cups" in messages[0]["content"]:
+    def fail_on_seven(coder: TextCoder, texts: Sequence[str]) -> list[list[int]]:
+        if any(" 7 cups" in text for text in texts):
             raise TypeError("TextEncodeInput must be …")
-        return whole(renderer, messages)
+        return encode(coder, texts)
 
-    monkeypatch.setattr(Renderer, "prompt_tokens", fail_on_seven)
+    monkeypatch.setattr(TextCoder, "encode", fail_on_seven)
     data = make_data(tmp_path / "data", questions(10))
     run(tiny_model_dir, data, tmp_path / "out")
     [row] = dropped_of(tmp_path / "out")

@@ -1,14 +1,19 @@
 """The renderer: one text for generation and training, one end token, refused rows."""
 
 import json
+import random
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from stages.config import ChatConfig
-from stages.data.chat import RowRefusedError, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, TextCoder, make_renderer
 from stages.errors import ConfigError, InputError
+from tests.hostile import hostile_texts
 
 QUESTION = [{"role": "user", "content": "Ann has 12 cups."}]
 
@@ -116,3 +121,80 @@ def test_broken_template_is_a_config_error(tiny_model_dir: Path) -> None:
         make_renderer(tiny_model_dir, ChatConfig(template="{{ nothing.here() }}"))
     with pytest.raises(ConfigError, match="leaves out the assistant"):
         make_renderer(tiny_model_dir, ChatConfig(template="always this"))
+
+
+# The batch against one row at a time, and against the library's own calls.
+
+
+def library_tokens(renderer: Renderer, text: str) -> list[int]:
+    """The slow twin of a prompt's tokens: transformers' own wrapper, for one conversation."""
+    rendered = renderer.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        chat_template=renderer.template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    return list(renderer.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def test_a_batch_gives_each_row_what_it_gets_alone(tiny_model_dir: Path) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    texts = hostile_texts(3000, huge=5000)
+    rows = renderer.prompts_tokens([[{"role": "user", "content": text}] for text in texts])
+    assert len(rows) == len(texts)
+    refused = Counter(row.reason for row in rows if isinstance(row, RowRefusedError))
+    assert refused.keys() == {"malformed_text", "special_token"}
+    assert 100 < refused.total() < 1000
+    for text, row in zip(texts, rows, strict=True):
+        if isinstance(row, list):
+            assert row == library_tokens(renderer, text)
+        else:
+            with pytest.raises(RowRefusedError) as caught:
+                renderer.prompt_tokens([{"role": "user", "content": text}])
+            assert (caught.value.reason, caught.value.detail) == (row.reason, row.detail)
+
+
+def test_a_batch_of_texts_is_what_each_decodes_to_alone(tiny_model_dir: Path) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    random_ = random.Random(0)
+    size = len(renderer.tokenizer)
+    responses = [
+        [random_.randrange(size) for _ in range(random_.randrange(20))] for _ in range(3000)
+    ]
+    assert any(ids and ids[-1] in renderer.stop_token_ids for ids in responses)
+    for ids, text in zip(responses, renderer.texts(responses), strict=True):
+        kept = ids[:-1] if ids and ids[-1] in renderer.stop_token_ids else ids
+        assert text == renderer.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+
+def test_a_tokenizer_that_fails_on_a_row_costs_that_row_alone(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = TextCoder.encode
+
+    def fail_on_seven(coder: TextCoder, texts: Sequence[str]) -> list[list[int]]:
+        if any(" 7 " in text for text in texts):
+            raise TypeError("TextEncodeInput must be …")
+        return encode(coder, texts)
+
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    asked = [[{"role": "user", "content": f"a {n} b"}] for n in range(10)]
+    whole = renderer.prompts_tokens(asked)
+    monkeypatch.setattr(TextCoder, "encode", fail_on_seven)
+    rows = renderer.prompts_tokens(asked)
+    assert isinstance(rows[7], RowRefusedError)
+    assert rows[7].reason == "tokenizer_error"
+    assert rows[:7] + rows[8:] == whole[:7] + whole[8:]
+
+
+def test_a_tokenizer_file_that_cuts_off_and_pads_does_neither(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cutting"
+    shutil.copytree(tiny_model_dir, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = make_renderer(tiny_model_dir, ChatConfig()).prompts_tokens([QUESTION] * 2)
+    assert make_renderer(folder, ChatConfig()).prompts_tokens([QUESTION] * 2) == expected
