@@ -13,7 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.data.tokens import PairTokens
 from stages.model.attention import ATTENTION_NAME, PairLayout
-from stages.objective.logprobs import chunked_logprobs, logprobs_from_logits
+from stages.objective.logprobs import (
+    chunked_logprobs,
+    logprobs_from_logits,
+    token_logprobs_from_logits,
+)
 from stages.objective.losses import PairLogprobs
 
 
@@ -41,6 +45,21 @@ def pair_logprobs_shared(
     `supports_shared` refuses, as far as `supports_chunked_head` does not. Whole logits never
     exist. Sums are added up in fp64 and returned in fp32: fp32 adds lose 1e-6 of sums near -5,000.
     """
+    logprobs_N = token_logprobs_shared(model, layout, chunk_size)
+    sums_S = logprobs_N.new_zeros(2 * layout.num_pairs, dtype=torch.float64)
+    sums_S = sums_S.index_add(0, layout.owner_N, logprobs_N.double())
+    return PairLogprobs(
+        chosen_B=sums_S[0::2].to(logprobs_N.dtype),
+        rejected_B=sums_S[1::2].to(logprobs_N.dtype),
+        chosen_tokens_B=layout.chosen_tokens_B,
+        rejected_tokens_B=layout.rejected_tokens_B,
+    )
+
+
+def token_logprobs_shared(
+    model: PreTrainedModel, layout: PairLayout, chunk_size: int | None = None
+) -> Tensor:
+    """Log-probabilities of a packed row's response tokens; `pair_logprobs_shared` adds them up."""
     kwargs = {}
     if model.config._attn_implementation == ATTENTION_NAME:
         kwargs["spin_segments"] = layout.segments
@@ -58,20 +77,12 @@ def pair_logprobs_shared(
     ).last_hidden_state.squeeze(0)
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear), f"the head of {type(model).__name__} is {type(head)}"
-    logprobs_N = chunked_logprobs(
+    return chunked_logprobs(
         hidden_TD.index_select(0, layout.predictor_N),
         head.weight,
         layout.label_N,
         bias_V=head.bias,
         chunk_size=chunk_size,
-    )
-    sums_S = logprobs_N.new_zeros(2 * layout.num_pairs, dtype=torch.float64)
-    sums_S = sums_S.index_add(0, layout.owner_N, logprobs_N.double())
-    return PairLogprobs(
-        chosen_B=sums_S[0::2].to(logprobs_N.dtype),
-        rejected_B=sums_S[1::2].to(logprobs_N.dtype),
-        chosen_tokens_B=layout.chosen_tokens_B,
-        rejected_tokens_B=layout.rejected_tokens_B,
     )
 
 
@@ -139,15 +150,20 @@ def pad_pairs(pairs: Sequence[PairTokens], pad_token_id: int) -> PaddedPairs:
 
 def pair_logprobs_padded(model: PreTrainedModel, batch: PaddedPairs) -> PairLogprobs:
     """The usual way: one right-padded batch, with all of its logits."""
-    logits_STV = model(
-        input_ids=batch.input_ids_ST, attention_mask=batch.attention_mask_ST, use_cache=False
-    ).logits
-    sums_S = logprobs_from_logits(
-        logits_STV[:, :-1], batch.input_ids_ST[:, 1:], batch.scored_ST[:, 1:]
-    )
+    sums_S = token_logprobs_padded(model, batch).sum(-1)
     return PairLogprobs(
         chosen_B=sums_S[0::2].clone(),  # no view: FSDP hooks into what a forward pass returns
         rejected_B=sums_S[1::2].clone(),
         chosen_tokens_B=batch.chosen_tokens_B,
         rejected_tokens_B=batch.rejected_tokens_B,
+    )
+
+
+def token_logprobs_padded(model: PreTrainedModel, batch: PaddedPairs) -> Tensor:
+    """Log-probability of the token after each position, [S, T - 1]; 0 where it is not scored."""
+    logits_STV = model(
+        input_ids=batch.input_ids_ST, attention_mask=batch.attention_mask_ST, use_cache=False
+    ).logits
+    return token_logprobs_from_logits(
+        logits_STV[:, :-1], batch.input_ids_ST[:, 1:], batch.scored_ST[:, 1:]
     )

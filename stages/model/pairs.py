@@ -29,6 +29,8 @@ from stages.model.pair_forward import (
     pair_logprobs_padded,
     pair_logprobs_shared,
     supports_chunked_head,
+    token_logprobs_padded,
+    token_logprobs_shared,
 )
 from stages.objective.losses import PairLogprobs
 
@@ -110,6 +112,18 @@ class PairForward(nn.Module):
             return pair_logprobs_one_at_a_time(self.model, batch, self.device)
         with attention_implementation(self.model, "sdpa"):
             return pair_logprobs_one_at_a_time(self.model, batch, self.device)
+
+    def token_logprobs(self, batch: PairInput) -> Tensor:
+        """Return logprobs_N of every response token, pair by pair, the chosen response first.
+
+        `single` runs every pair alone, padded.
+        """
+        if isinstance(batch, PairLayout):
+            return token_logprobs_shared(self.model, batch)
+        if isinstance(batch, list):
+            alone = [placed(pad_pairs([pair], self.pad_token_id), self.device) for pair in batch]
+            return torch.cat([self.token_logprobs(one) for one in alone])
+        return token_logprobs_padded(self.model, batch)[batch.scored_ST[:, 1:].bool()]
 
     def fall_back(self) -> None:
         """Go on the usual way, padded."""

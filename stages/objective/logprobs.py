@@ -23,12 +23,17 @@ def logprobs_from_logits(logits_BTV: Tensor, labels_BT: Tensor, mask_BT: Tensor)
     Labels where the mask is false may hold anything. Returns sums_B, accumulated in fp32 (fp64 for
     fp64 logits), differentiable in the logits.
     """
+    return token_logprobs_from_logits(logits_BTV, labels_BT, mask_BT).sum(-1)
+
+
+def token_logprobs_from_logits(logits_BTV: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Log-probability of each masked-in label, 0 elsewhere; see `logprobs_from_logits`."""
     mask_BT = mask_BT.bool()
     dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
     logprobs_BTV = torch.log_softmax(logits_BTV, dim=-1, dtype=dtype)
     labels_BT = labels_BT.masked_fill(~mask_BT, 0)
     logprobs_BT = logprobs_BTV.gather(-1, labels_BT.unsqueeze(-1)).squeeze(-1)
-    return logprobs_BT.masked_fill(~mask_BT, 0).sum(-1)
+    return logprobs_BT.masked_fill(~mask_BT, 0)
 
 
 def chunked_logprobs(
