@@ -23,7 +23,7 @@ from stages.artifacts import (
 from stages.artifacts.keys import row_seed
 from stages.artifacts.tables import Row
 from stages.config import EvaluateConfig, RunConfig
-from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import EXAMPLES, PROMPTS
 from stages.data.tokens import PairTokens
@@ -103,7 +103,7 @@ def run(
             "chat": config.chat.identity(),
         },
         inputs=refs,
-        fingerprints={"chat": chat_fingerprint(model.path, config.chat)},
+        fingerprints=chat_fingerprints(model.path, config.chat),
     )
 
     def fill(space: Workspace) -> Outcome:

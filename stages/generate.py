@@ -28,7 +28,7 @@ from stages.artifacts import (
 from stages.artifacts.keys import row_seed, sha256_text
 from stages.artifacts.tables import Row
 from stages.config import RunConfig
-from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
 from stages.engines import OpenEngine
@@ -84,7 +84,7 @@ def run(
             "chat": config.chat.identity(),
         },
         inputs={"data": data.input_ref(root), "model": model.ref},
-        fingerprints={"chat": chat_fingerprint(model.path, config.chat)},
+        fingerprints=chat_fingerprints(model.path, config.chat),
     )
 
     def fill(space: Workspace) -> Outcome:

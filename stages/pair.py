@@ -20,7 +20,7 @@ from stages.artifacts import (
 )
 from stages.artifacts.tables import Row
 from stages.config import PairConfig, RunConfig
-from stages.data.chat import Renderer, RowRefusedError, chat_fingerprint, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.join import grouped, inner_join
 from stages.data.rows import DROPPED, GENERATIONS, PAIRS, PROMPTS, REWARDS
 from stages.errors import ConfigError, InputError
@@ -72,7 +72,7 @@ def run(config: RunConfig, inputs: PairInputs, out: Path) -> Manifest:
     generations = open_artifact(inputs.generations, stages=("generate",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
-    fingerprint = chat_fingerprint(model.path, config.chat)
+    fingerprints = chat_fingerprints(model.path, config.chat)
     _check_belong(generations, "data", data.manifest.key)
     refs = {
         "data": data.input_ref(root),
@@ -85,17 +85,13 @@ def run(config: RunConfig, inputs: PairInputs, out: Path) -> Manifest:
         rewards = open_artifact(inputs.rewards, stages=("reward",), verify=config.verify)
         _check_belong(rewards, "generations", generations.manifest.key)
         refs["rewards"] = rewards.input_ref(root)
-    if generations.manifest.fingerprints["chat"] != fingerprint:
-        raise InputError(
-            f"{generations.path} was generated with another tokenizer or chat template than "
-            f"{inputs.model} with this recipe has; use the same model and chat settings"
-        )
+    _check_same_text(generations, fingerprints, inputs.model)
     plan = Plan(
         stage="pair",
         format_version=FORMAT_VERSION,
         config={"pair": config.pair.identity()},
         inputs=refs,
-        fingerprints={"chat": fingerprint},
+        fingerprints=fingerprints,
     )
 
     def fill(space: Workspace) -> Outcome:
@@ -270,6 +266,18 @@ def _with_rewards(
                 for row in group
                 if row["sample_index"] in reward_of
             ],
+        )
+
+
+def _check_same_text(generations: Artifact, fingerprints: Mapping[str, str], model: str) -> None:
+    theirs = generations.manifest.fingerprints
+    differing = [name for name, mine in fingerprints.items() if theirs.get(name) != mine]
+    if differing:
+        words = {"template": "chat template or settings", "tokenizer": "tokenizer or stop tokens"}
+        raise InputError(
+            f"{generations.path} was generated with another "
+            f"{' and another '.join(words[name] for name in differing)} than {model} with this "
+            "recipe has; use the same model and chat settings"
         )
 
 

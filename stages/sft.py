@@ -19,7 +19,7 @@ from stages.artifacts import (
 )
 from stages.artifacts.tables import Row
 from stages.config import ArchitectureConfig, ChatConfig, RunConfig, SftConfig
-from stages.data.chat import Renderer, RowRefusedError, make_renderer
+from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import PROMPTS, SFT_METRICS, SUPERVISED
 from stages.data.store import build_store, open_store
@@ -90,6 +90,7 @@ def _lead(config: RunConfig, sft: SftConfig, inputs: SftInputs, out: Path) -> Ma
             "chat": config.chat.identity(),
         },
         inputs=refs,
+        fingerprints=chat_fingerprints(base.path if base else None, config.chat),
     )
     return produce(out, plan, lambda space: _fill(space, config, sft, data, base), resumable=True)
 

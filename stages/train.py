@@ -17,7 +17,7 @@ from stages.artifacts import (
 )
 from stages.artifacts.tables import Row
 from stages.config import ChatConfig, RunConfig, TrainConfig
-from stages.data.chat import chat_fingerprint, make_renderer
+from stages.data.chat import chat_fingerprints, make_renderer
 from stages.data.rows import SCORED_PAIRS, TRAIN_METRICS
 from stages.data.store import TOKEN_COLUMNS, build_store, open_store
 from stages.errors import ConfigError, DivergedError, InputError
@@ -94,7 +94,7 @@ def _lead(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
         format_version=FORMAT_VERSION,
         config={"seed": config.seed, "train": config.train.identity()},
         inputs=refs,
-        fingerprints={"chat": chat_fingerprint(model.path, config.chat)},
+        fingerprints=chat_fingerprints(model.path, config.chat),
     )
     return produce(
         out, plan, lambda space: _fill(space, config, pairs, model, base), resumable=True

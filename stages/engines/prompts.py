@@ -72,7 +72,7 @@ def askable_batch(
     blank = [not messages or not messages[-1]["content"].strip() for messages in conversations]
     asked = [messages for messages, is_blank in zip(conversations, blank, strict=True)
              if not is_blank]  # fmt: skip
-    rendered = iter(renderer.prompts_tokens(asked))
+    rendered = iter(renderer.prompts_tokens(asked, limit))
     return [
         RowRefusedError("empty_prompt", "only white space in its last message")
         if is_blank

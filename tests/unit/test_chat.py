@@ -95,7 +95,9 @@ def test_fingerprint_follows_the_template(tiny_model_dir: Path) -> None:
     own = make_renderer(tiny_model_dir, ChatConfig())
     again = make_renderer(tiny_model_dir, ChatConfig())
     plain = make_renderer(tiny_model_dir, ChatConfig(template="plain"))
-    assert own.fingerprint == again.fingerprint != plain.fingerprint
+    assert own.fingerprints == again.fingerprints
+    assert own.fingerprints["template"] != plain.fingerprints["template"]
+    assert own.fingerprints["tokenizer"] == plain.fingerprints["tokenizer"]
 
 
 def test_folder_without_tokenizer_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -105,22 +107,40 @@ def test_folder_without_tokenizer_is_refused(tiny_model_dir: Path, tmp_path: Pat
         make_renderer(tmp_path, ChatConfig())
 
 
-def test_tokenizer_without_template_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "bare"
-    shutil.copytree(tiny_model_dir, folder)
+def without_template(model: Path, folder: Path) -> Path:
+    """A copy of a model folder that has no chat template."""
+    shutil.copytree(model, folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"has no chat template .* set chat.template"):
-        make_renderer(folder, ChatConfig())
+    return folder
+
+
+def test_a_model_without_template_gets_plain_lines_and_a_word(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = without_template(tiny_model_dir, tmp_path / "bare")
+    with caplog.at_level("INFO", logger="spin"):
+        bare = make_renderer(folder, ChatConfig())
+    assert [r.message.split(" ", 1)[1] for r in caplog.records if r.name == "spin"] == [
+        "has no chat template: prompts are plain lines (chat.template)"
+    ]
+    plain = make_renderer(tiny_model_dir, ChatConfig(template="plain"))
+    own = make_renderer(tiny_model_dir, ChatConfig())
+    sources = [r.template_source for r in (bare, plain, own)]
+    assert sources == ["default", "recipe", "model"]
+    assert bare.prompt_tokens(QUESTION) == plain.prompt_tokens(QUESTION)
+    assert bare.fingerprints == plain.fingerprints
 
 
 def test_broken_template_is_a_config_error(tiny_model_dir: Path) -> None:
     with pytest.raises(ConfigError, match="chat template fails"):
         make_renderer(tiny_model_dir, ChatConfig(template="{{ nothing.here() }}"))
-    with pytest.raises(ConfigError, match="leaves out the assistant"):
+    with pytest.raises(ConfigError, match="leaves out the user"):
         make_renderer(tiny_model_dir, ChatConfig(template="always this"))
+    with pytest.raises(ConfigError, match="leaves out the assistant"):
+        make_renderer(tiny_model_dir, ChatConfig(template="{{ messages[0].content }}"))
 
 
 # The batch against one row at a time, and against the library's own calls.
