@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from stages.errors import ConfigError
 
@@ -242,7 +250,8 @@ class SamplingConfig(_Section):
 class EngineConfig(_Section):
     """What answers prompts."""
 
-    name: Literal["transformers", "vllm"] = "transformers"
+    name: Literal["transformers", "vllm", "ray"] = "transformers"
+    """ray: vLLM on the workers of a Ray cluster."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     batch_size: Count = 256
     """Rows decoded together by the transformers engine."""
@@ -252,8 +261,35 @@ class EngineConfig(_Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     enforce_eager: bool | None = None
     """vLLM without compilation: starts sooner, slower on a GPU; None compiles on a GPU only."""
-    extra: dict[str, bool | int | float | str | None] = {}
-    """Further vLLM engine arguments, passed through."""
+    quantization: str | None = None
+    """vLLM's name of a method, such as fp8; None: as the model's own config says."""
+    enable_prefix_caching: bool | None = _place(None)
+    """Compute what prompts begin with in common once; None leaves it to vLLM, which does so for
+    every model that it can do it for: the samples of one prompt share it."""
+    max_num_seqs: Count | None = _place(None)
+    """Rows decoded together by vLLM; None leaves it to vLLM."""
+    max_num_batched_tokens: Count | None = _place(None)
+    """Tokens of one step of vLLM's, prompts and answers together; None leaves it to vLLM."""
+    processes: Count = _place(1)
+    """Engines side by side on this machine, each on tensor_parallel_size GPUs of its own; on a
+    CPU they share the cores. ray: workers in the cluster."""
+    extra: dict[str, JsonValue] = {}
+    """Further vLLM engine arguments by its own names, lists and maps too; checked by their types
+    before the engine starts."""
+
+
+class ParityConfig(_Section):
+    """The check that the engine ran the model that will be trained; see docs/generation.md.
+
+    Its fields decide whether generate succeeds, and no row: they may be changed after a failure.
+    """
+
+    rows: int = Field(32, ge=0)
+    """Answers whose log-probabilities the trainer's model computes again; 0 turns the check off."""
+    mean_tolerance: Positive | None = None
+    """Largest mean difference a token; None: by the engine's dtype."""
+    worst_tolerance: Positive | None = None
+    """Largest difference of a token, one in a thousand left out; None: by the engine's dtype."""
 
 
 class GenerateConfig(SamplingConfig):
@@ -263,9 +299,16 @@ class GenerateConfig(SamplingConfig):
     """Samples a prompt."""
     max_prompts: Count | None = None
     """Answer only this many prompts, drawn by seed and iteration; None answers all."""
-    shard_rows: Count = _place(2048)
-    """Rows a shard: what a kill can cost at most."""
+    shard_rows: Count | None = _place(None)
+    """Rows a shard: what a kill can cost at most, and what one worker takes at a time. None: a
+    64th of all, but 64 at least and 2,048 at most."""
+    join: bool = _place(False)
+    """Where another process is answering these prompts for the same place, help it."""
+    show_samples_every_s: Positive | None = _place(None)
+    """Seconds between two answers that are shown while the engine works; None shows none."""
     engine: EngineConfig = EngineConfig()
+    parity: ParityConfig = _place(ParityConfig())
+    """The check of the engine against the trainer's model."""
 
 
 class RewardConfig(_Section):

@@ -11,6 +11,10 @@ class SpinError(Exception):
     exit_code = 1
 
 
+class EngineError(SpinError):
+    """An engine's process died or stalled."""
+
+
 class ConfigError(SpinError):
     """Wrong usage or configuration, or an output place that holds something else."""
 

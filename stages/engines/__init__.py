@@ -13,15 +13,23 @@ OpenEngine = Callable[..., Engine]
 
 
 def open_engine(
-    config: EngineConfig, model_dir: Path, *, max_model_len: int, pad_token_id: int
+    config: EngineConfig,
+    model_dir: Path,
+    *,
+    max_model_len: int,
+    pad_token_id: int,
+    keep: bool = False,
 ) -> Engine:
     """Load a model into the engine that the recipe names.
 
     Args:
         max_model_len: longest prompt and answer together, in tokens.
+        keep: the engine is to outlive the model; see `Keeper`.
 
     Raises:
         InputError: the engine is not installed, or cannot load the model.
+        ConfigError: a setting that the engine refuses, or too few GPUs.
+        EngineError: its process died.
     """
     if config.name == "vllm":
         from stages.engines.vllm import VllmEngine
@@ -33,10 +41,42 @@ def open_engine(
             gpu_memory_utilization=config.gpu_memory_utilization,
             tensor_parallel_size=config.tensor_parallel_size,
             enforce_eager=config.enforce_eager,
+            quantization=config.quantization,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
             extra=config.extra,
+            processes=config.processes,
+            keep=keep,
         )
-    from stages.engines.transformers import TransformersEngine
+    if config.name == "ray":
+        from stages.engines.ray import RayEngine
 
+        return RayEngine(
+            model_dir,
+            dtype=config.dtype,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            tensor_parallel_size=config.tensor_parallel_size,
+            enforce_eager=config.enforce_eager,
+            quantization=config.quantization,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            extra=config.extra,
+            processes=config.processes,
+        )
+    from stages.engines.transformers import TransformersEngine, open_fleet
+
+    if config.processes > 1:
+        return open_fleet(
+            model_dir,
+            processes=config.processes,
+            dtype=config.dtype,
+            max_model_len=max_model_len,
+            batch_size=config.batch_size,
+            pad_token_id=pad_token_id,
+        )
     return TransformersEngine(
         model_dir,
         dtype=config.dtype,
@@ -73,7 +113,7 @@ def running(
 @contextmanager
 def _whole(config: EngineConfig, model_dir: Path, scratch: Path) -> Iterator[Path]:
     """Lend a folder that the engine can load; an adapter is merged in fp32, as everywhere."""
-    if config.name != "vllm" or not is_adapter(model_dir):
+    if config.name == "transformers" or not is_adapter(model_dir):
         yield model_dir
         return
     from stages.model.load import load_model

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,39 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model's memory; the engine is of no use afterwards."""
+        ...
+
+
+@runtime_checkable
+class KeptEngine(Engine, Protocol):
+    """An engine that can outlive its model: asleep while another stage trains."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of it has died."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the memory that training needs; a call of `generate` that was left is ended.
+
+        Raises:
+            EngineError: a process died.
+        """
+        ...
+
+    def can_wake(self, model_dir: Path, *, max_model_len: int) -> bool:
+        """Whether `wake` can take this model; where not, a new engine is to be opened."""
+        ...
+
+    def wake(self, model_dir: Path, *, max_model_len: int, reload: bool) -> None:
+        """Load a model in place of the last one.
+
+        Args:
+            reload: false where the folder holds the very weights that were loaded last: they are
+                read again only where sleeping discarded them.
+
+        Raises:
+            InputError: no loadable model.
+            EngineError: a process died.
+        """
         ...

