@@ -1,17 +1,18 @@
 """generate: the opponent answers every prompt; one row a sample, in shards that survive a kill."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import count, islice
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages import engines
+from stages.answers import Asked, answer_all
 from stages.artifacts import (
     Artifact,
     Manifest,
@@ -19,26 +20,32 @@ from stages.artifacts import (
     Plan,
     TableWriter,
     Workspace,
+    count_rows,
     open_artifact,
     produce,
     read_batches,
-    read_rows,
     run_root,
 )
-from stages.artifacts.keys import row_seed, sha256_text
-from stages.artifacts.tables import Row
-from stages.config import RunConfig
+from stages.artifacts.keys import sha256_file, sha256_text
+from stages.artifacts.shards import ASIDE
+from stages.config import GenerateConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
+from stages.data.columns import conversations, list_column
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
 from stages.engines import OpenEngine
-from stages.engines.base import Completion, Request, Sampling
-from stages.engines.prompts import askable_tokens, model_room
+from stages.engines.base import Engine, Sampling
+from stages.engines.prompts import askable_batch, model_room
 from stages.errors import CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
-from stages.progress import progress
 
 FORMAT_VERSION = 1
+RENDERED_NAME = f"{ASIDE}/prompts.parquet"
+DROPPED_NAME = "dropped.parquet"
+MOST_SHARD_ROWS = 2048
+LEAST_SHARD_ROWS = 64
+WANTED_SHARDS = 64
+"""Enough for many workers to share; the number of workers itself must not decide the shards."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ def run(
     """Write the samples of every training prompt; prompts that cannot be asked are quarantined.
 
     Shards of one attempt are the restart unit: those that are finished when it ends, however it
-    ends, are not made again.
+    ends, are not made again. With `generate.join` several processes, perhaps on several machines
+    that share the folder, make one artifact together: each claims shards, and whichever is there
+    at the end commits it.
 
     Returns:
         Its manifest; `counts` has prompts (those asked), rows, empty, finish_stop, finish_length,
@@ -86,12 +95,14 @@ def run(
         inputs={"data": data.input_ref(root), "model": model.ref},
         fingerprints=chat_fingerprints(model.path, config.chat),
     )
-
-    def fill(space: Workspace) -> Outcome:
-        renderer = make_renderer(model.verified(), config.chat)
-        return _fill(space, _Work(config, inputs.iteration, data, model, renderer, open_engine))
-
-    return produce(out, plan, fill, resumable=True)
+    work = _Work(config, inputs.iteration, data, model, open_engine)
+    return produce(
+        out,
+        plan,
+        lambda space: _fill(space, work),
+        resumable=True,
+        assist=(lambda space: _assist(space, work)) if config.generate.join else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,226 +113,201 @@ class _Work:
     iteration: int
     data: Artifact
     model: ModelSource
-    renderer: Renderer
     open_engine: OpenEngine
 
+    @property
+    def generate(self) -> GenerateConfig:
+        return self.config.generate
 
-@dataclass
-class _Rendered:
-    """The prompts that are asked, as tokens in a scratch file."""
+    @cached_property
+    def renderer(self) -> Renderer:
+        return make_renderer(self.model.verified(), self.config.chat)
 
-    path: Path
-    num_prompts: int = 0
-    longest: int = 0
-    """Tokens of the longest prompt."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Number of prompts that are not asked, by reason."""
-
-
-@dataclass
-class _Shard:
-    """Rows of one file: complete but for their answers, and how many of these are missing."""
-
-    name: str
-    ids_hash: str
-    rows: list[Row]
-    missing: int
+    @cached_property
+    def prompts_per_shard(self) -> int:
+        """Number of prompts a shard; decided by data and recipe alone, so alike for all workers."""
+        planned = count_rows(self.data.files("train-"))
+        planned = min(planned, self.generate.max_prompts or planned)
+        rows = -(-planned * self.generate.num_samples // WANTED_SHARDS)
+        rows = min(max(rows, LEAST_SHARD_ROWS), MOST_SHARD_ROWS)
+        return max(1, (self.generate.shard_rows or rows) // self.generate.num_samples)
 
 
 def _fill(space: Workspace, work: _Work) -> Outcome:
-    generate = work.config.generate
-    with TemporaryDirectory(prefix="spill-", dir=space.path) as spill:
-        rendered = _render(space, Path(spill, "rendered.parquet"), work)
-        max_model_len = generate.engine.max_model_len or rendered.longest + generate.max_new_tokens
-        names, finished = [], dict[str, int]()
-        for shard in _shards(rendered, work):
-            names.append(shard.name)
-            if space.shards.done(shard.name, shard.ids_hash):
-                finished[shard.name] = len(shard.rows)
-        if len(finished) < len(names):
-            _answer(space, rendered, work, finished, max_model_len)
-    counts, metrics, tokens = _summary([space.path / name for name in names])
-    dropped = {f"dropped_{reason}": n for reason, n in sorted(rendered.dropped.items())}
+    if not _is_rendered(space, work):
+        _render(space, work)
+    asked = _asked(space, work)
+    _answer(space, asked, work)
+    dropped = _dropped(space.path / DROPPED_NAME)
+    parts = [asked.name(number) for number in range(asked.num_shards)]
+    counts, metrics, info, tokens = _summary([space.path / name for name in parts])
     return Outcome(
-        counts={"prompts": rendered.num_prompts, **counts, **dropped},
+        counts={"prompts": asked.num_prompts, **counts, **dropped},
         metrics=metrics,
         info={
-            "engine": generate.engine.name,
-            "longest_prompt": rendered.longest,
-            "max_model_len": max_model_len,
+            **info,
+            "engine": work.generate.engine.name,
+            "longest_prompt": asked.longest,
+            "max_model_len": _max_model_len(asked, work),
         },
         tokens=tokens,
     )
 
 
-def _render(space: Workspace, scratch: Path, work: _Work) -> _Rendered:
+def _assist(space: Workspace, work: _Work) -> None:
+    """Answer what another process has rendered and nobody has answered."""
+    if _is_rendered(space, work):
+        _answer(space, _asked(space, work), work)
+
+
+def _is_rendered(space: Workspace, work: _Work) -> bool:
+    names = (RENDERED_NAME, DROPPED_NAME)
+    return all(space.shards.done(name, _division(work)) for name in names)
+
+
+def _division(work: _Work) -> str:
+    return sha256_text(f"prompts/{work.prompts_per_shard}")
+
+
+def _asked(space: Workspace, work: _Work) -> Asked:
+    path = space.path / RENDERED_NAME
+    return Asked(
+        path, sha256_file(path), work.generate.num_samples, work.config.seed, work.iteration
+    )
+
+
+def _render(space: Workspace, work: _Work) -> None:
     """Write the tokens of every prompt that can be asked, and the others with their reasons.
 
     Raises:
         InputError: none can be asked.
     """
-    generate, drawn = work.config.generate, _drawn(work)
-    room = model_room(work.model.path, generate.engine.max_model_len, generate.max_new_tokens)
-    limit = room - generate.max_new_tokens
-    rendered = _Rendered(scratch)
-    with (
-        TableWriter(scratch, RENDERED) as table,
-        TableWriter(space.file("dropped.parquet"), DROPPED) as left_out,
-    ):
-        for row in _train_rows(work.data):
-            prompt_id = row["prompt_id"]
-            if drawn is not None and prompt_id not in drawn:
-                continue
-            try:
-                tokens = askable_tokens(row["messages"], work.renderer, limit)
-            except RowRefusedError as error:
-                rendered.dropped[error.reason] += 1
+
+    def write_both(rendered: Path) -> None:
+        def write_dropped(dropped: Path) -> None:
+            with (
+                TableWriter(rendered, RENDERED, group_rows=work.prompts_per_shard) as table,
+                TableWriter(dropped, DROPPED) as left_out,
+            ):
+                _render_all(work, table, left_out)
+
+        space.shards.write(DROPPED_NAME, _division(work), write_dropped)
+
+    space.shards.write(RENDERED_NAME, _division(work), write_both)
+
+
+def _render_all(work: _Work, table: TableWriter, left_out: TableWriter) -> None:
+    room = model_room(
+        work.model.path, work.generate.engine.max_model_len, work.generate.max_new_tokens
+    )
+    reasons = Counter[str]()
+    for ids, messages in _train_prompts(work):
+        limit = room - work.generate.max_new_tokens
+        tokens = askable_batch(messages, work.renderer, limit)
+        good = [i for i, found in enumerate(tokens) if not isinstance(found, RowRefusedError)]
+        for i, found in enumerate(tokens):
+            if isinstance(found, RowRefusedError):
+                reasons[found.reason] += 1
                 left_out.append(
-                    {"prompt_id": prompt_id, "reason": error.reason, "detail": error.detail}
+                    {"prompt_id": ids[i], "reason": found.reason, "detail": found.detail}
                 )
-                continue
-            rendered.num_prompts += 1
-            rendered.longest = max(rendered.longest, len(tokens))
-            table.append({"prompt_id": prompt_id, "prompt_token_ids": tokens})
-    if not rendered.num_prompts:
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(rendered.dropped.items()))
+        asked = [t for t in tokens if not isinstance(t, RowRefusedError)]
+        columns = [
+            pa.array([ids[i] for i in good], pa.string()),
+            pa.array(list(map(len, asked)), pa.int32()),
+            list_column(asked, pa.int32()),
+        ]
+        table.append_batch(pa.record_batch(columns, schema=RENDERED))
+    if not table.num_rows:
+        told = ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items()))
         raise InputError(
             f"{work.data.path}: none of its training prompts can be asked "
-            f"({reasons or 'it has none'}); mend the data or the chat and length settings"
+            f"({told or 'it has none'}); mend the data or the chat and length settings"
         )
-    return rendered
 
 
-def _train_rows(data: Artifact) -> Iterator[Row]:
-    """Stream the training rows.
+def _train_prompts(work: _Work) -> Iterator[tuple[list[str], list[list[dict[str, str]]]]]:
+    """Stream ids and messages of the training prompts that are drawn, some at a time.
 
     Raises:
         CorruptError: their ids do not rise, so that rows could not be joined by id later.
     """
-    last = ""
-    for row in read_rows(data.files("train-"), PROMPTS):
-        if row["prompt_id"] <= last:
-            raise CorruptError(
-                f"{data.path} is not sorted by prompt_id ({row['prompt_id']} follows {last}); "
-                f"delete {data.path} and run prepare again"
-            )
-        last = row["prompt_id"]
-        yield row
+    drawn, last = _drawn(work), ""
+    for batch in read_batches(
+        work.data.files("train-"), PROMPTS, columns=["prompt_id", "messages"]
+    ):
+        ids = batch["prompt_id"].to_pylist()
+        for name in ids:
+            if name <= last:
+                raise CorruptError(
+                    f"{work.data.path} is not sorted by prompt_id ({name} follows {last}); "
+                    f"delete {work.data.path} and run prepare again"
+                )
+            last = name
+        messages = conversations(batch["messages"])
+        if drawn is not None:
+            kept = [i for i, name in enumerate(ids) if name in drawn]
+            ids, messages = [ids[i] for i in kept], [messages[i] for i in kept]
+        yield ids, messages
 
 
 def _drawn(work: _Work) -> set[str] | None:
     """Return the prompt ids that are asked in this iteration, or None for all."""
-    max_prompts = work.config.generate.max_prompts
+    max_prompts = work.generate.max_prompts
     if max_prompts is None:
         return None
-    rows = read_rows(work.data.files("train-"), PROMPTS, columns=["prompt_id"])
     salt = f"generate/{work.config.seed}/{work.iteration}"
-    return smallest_by_hash((row["prompt_id"] for row in rows), max_prompts, salt)
+    batches = read_batches(work.data.files("train-"), PROMPTS, columns=["prompt_id"])
+    ids = (name for batch in batches for name in batch["prompt_id"].to_pylist())
+    return smallest_by_hash(ids, max_prompts, salt)
 
 
-def _shards(rendered: _Rendered, work: _Work) -> Iterator[_Shard]:
-    """Yield all shards in order, with rows that wait for their answers."""
-    rows = _waiting_rows(rendered, work)
-    for number in count():
-        part = list(islice(rows, work.config.generate.shard_rows))
-        if not part:
-            return
-        ids = "\n".join(_request_id(row) for row in part)
-        yield _Shard(f"part-{number:05d}.parquet", sha256_text(ids), part, len(part))
+def _max_model_len(asked: Asked, work: _Work) -> int:
+    limit = work.generate.engine.max_model_len
+    return limit or asked.longest + work.generate.max_new_tokens
 
 
-def _waiting_rows(rendered: _Rendered, work: _Work) -> Iterator[Row]:
-    seed, iteration = work.config.seed, work.iteration
-    for prompt in read_rows([rendered.path], RENDERED):
-        for index in range(work.config.generate.num_samples):
-            yield {
-                **prompt,
-                "sample_index": index,
-                "seed": row_seed(seed, iteration, prompt["prompt_id"], index),
-            }
-
-
-def _request_id(row: Row) -> str:
-    return f"{row['prompt_id']}/{row['sample_index']}"
-
-
-def _answer(
-    space: Workspace,
-    rendered: _Rendered,
-    work: _Work,
-    finished: Mapping[str, int],
-    max_model_len: int,
-) -> None:
-    """Answer the rows of all unfinished shards; each is written when its last answer is there.
-
-    One engine is fed across shards, so that none has to wait for another's longest answer.
-    """
-    generate = work.config.generate
-    in_flight: dict[str, tuple[_Shard, Row]] = {}
-
-    def requests() -> Iterator[Request]:
-        for shard in _shards(rendered, work):
-            if shard.name in finished:
-                continue
-            for row in shard.rows:
-                in_flight[_request_id(row)] = shard, row
-                yield Request(_request_id(row), row["prompt_token_ids"], row["seed"])
-
-    total = rendered.num_prompts * generate.num_samples
-    with (
-        engines.running(
+def _answer(space: Workspace, asked: Asked, work: _Work) -> None:
+    def open_engine() -> AbstractContextManager[Engine]:
+        return engines.running(
             work.open_engine,
-            generate.engine,
-            work.model.path,
-            space.path,
-            max_model_len=max_model_len,
+            work.generate.engine,
+            work.model.verified(),
+            space.scratch,
+            max_model_len=_max_model_len(asked, work),
             pad_token_id=work.renderer.pad_token_id,
-        ) as engine,
-        progress("generate", total=total, unit="rows", done=sum(finished.values())) as bar,
-    ):
-        for answer in engine.generate(requests(), _sampling(work)):
-            shard, row = in_flight.pop(answer.request_id)
-            row |= _answer_columns(answer, work.renderer)
-            shard.missing -= 1
-            if not shard.missing:
-                write = partial(_write, rows=shard.rows)
-                space.shards.write(shard.name, shard.ids_hash, write)
-            bar.advance(1, len(answer.token_ids))
-    assert not in_flight, f"{len(in_flight)} requests were not answered"
+        )
 
-
-def _sampling(work: _Work) -> Sampling:
-    generate = work.config.generate
-    return Sampling(
-        temperature=generate.temperature,
-        top_p=generate.top_p,
-        top_k=generate.top_k,
-        max_new_tokens=generate.max_new_tokens,
+    sampling = Sampling(
+        temperature=work.generate.temperature,
+        top_p=work.generate.top_p,
+        top_k=work.generate.top_k,
+        max_new_tokens=work.generate.max_new_tokens,
         stop_token_ids=work.renderer.stop_token_ids,
+    )
+    answer_all(
+        space, asked, work.renderer, sampling, open_engine, work.generate.show_samples_every_s
     )
 
 
-def _answer_columns(answer: Completion, renderer: Renderer) -> Row:
-    return {
-        "response_token_ids": answer.token_ids,
-        "response": renderer.text(answer.token_ids),
-        "finish_reason": answer.finish_reason,
-        "token_logprobs": answer.token_logprobs,
-    }
+def _dropped(path: Path) -> dict[str, int]:
+    """Return how many prompts were left out, by reason."""
+    reasons = Counter[str]()
+    for batch in read_batches([path], DROPPED, columns=["reason"]):
+        reasons.update(batch["reason"].to_pylist())
+    return {f"dropped_{reason}": n for reason, n in sorted(reasons.items())}
 
 
-def _write(path: Path, rows: list[Row]) -> None:
-    with TableWriter(path, GENERATIONS) as table:
-        table.extend(rows)
-
-
-def _summary(shards: Sequence[Path]) -> tuple[dict[str, int], dict[str, float], int]:
-    """Return counts, metrics and tokens, read off the shards in order.
+def _summary(
+    shards: Sequence[Path],
+) -> tuple[dict[str, int], dict[str, float], dict[str, object], int]:
+    """Return counts, metrics, info and tokens, read off the shards in order.
 
     Not added up as answers come: sums would differ in their last bits after a resume.
     """
     finish = Counter[str](stop=0, length=0)
-    rows = empty = prompt_tokens = response_tokens = 0
+    rows = empty = prompt_tokens = 0
+    lengths = np.zeros(1, np.int64)
     logprob = 0.0
     columns = [
         "prompt_token_ids", "response_token_ids", "response", "finish_reason", "token_logprobs",
@@ -329,10 +315,13 @@ def _summary(shards: Sequence[Path]) -> tuple[dict[str, int], dict[str, float], 
     for batch in read_batches(shards, GENERATIONS, columns=columns):
         rows += batch.num_rows
         prompt_tokens += len(batch["prompt_token_ids"].flatten())
-        response_tokens += len(batch["response_token_ids"].flatten())
         empty += pc.sum(pc.equal(pc.utf8_trim_whitespace(batch["response"]), "")).as_py()
-        finish.update(batch["finish_reason"].to_pylist())
+        for part in batch["finish_reason"].value_counts():
+            finish[part["values"].as_py()] += part["counts"].as_py()
         logprob += batch["token_logprobs"].flatten().to_numpy().sum(dtype=np.float64)
+        here = np.bincount(pc.list_value_length(batch["response_token_ids"]).to_numpy())
+        lengths = _add(lengths, here)
+    response_tokens = int(lengths @ np.arange(len(lengths)))
     return (
         {"rows": rows, "empty": empty, **{f"finish_{why}": n for why, n in finish.items()}},
         {
@@ -340,5 +329,23 @@ def _summary(shards: Sequence[Path]) -> tuple[dict[str, int], dict[str, float], 
             "cut_off_share": finish["length"] / rows,
             "mean_token_logprob": float(logprob) / response_tokens,
         },
+        {"response_tokens_quantiles": _quantiles(lengths)},
         prompt_tokens + response_tokens,
     )
+
+
+def _add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    total = np.zeros(max(len(left), len(right)), np.int64)
+    total[: len(left)] += left
+    total[: len(right)] += right
+    return total
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Return lengths at or below which lie so many percent of the rows.
+
+    Args:
+        lengths: number of rows of each length.
+    """
+    share = lengths.cumsum() / lengths.sum()
+    return {str(p): int(np.searchsorted(share, p / 100)) for p in (0, 10, 50, 90, 99, 100)}

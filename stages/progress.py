@@ -9,6 +9,7 @@ from contextlib import contextmanager
 log = logging.getLogger("spin")
 
 PLAIN_EVERY_S = 10.0
+BAR_EVERY_S = 0.1
 
 
 class Progress:
@@ -26,7 +27,7 @@ class Progress:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = self._done_before = done
         self.tokens = 0
-        self.remark = ""
+        self._remark: Callable[[], str] = str
         self._clock = clock
         self._started = self._said = clock()
 
@@ -41,9 +42,14 @@ class Progress:
         self.done += done
         self._done_before += done
 
-    def note(self, text: str) -> None:
-        """Set the remark shown beside the numbers."""
-        self.remark = text
+    def note(self, remark: str | Callable[[], str]) -> None:
+        """Set the remark shown beside the numbers, or what makes it when it is shown."""
+        self._remark = remark if callable(remark) else lambda: remark
+
+    @property
+    def remark(self) -> str:
+        """The remark shown beside the numbers."""
+        return self._remark()
 
     def show(self) -> None:
         """Show where things stand, if it is time to."""
@@ -107,8 +113,12 @@ class _BarProgress(Progress):
             transient=True,
         )
         self._task = self.bar.add_task(stage, total=total, completed=done, unit=unit, numbers="")
+        self._said = -BAR_EVERY_S
 
     def show(self) -> None:
+        if self._clock() - self._said < BAR_EVERY_S:
+            return  # drawing takes longer than most units of work
+        self._said = self._clock()
         numbers = "  ".join(filter(None, [self.rate, self.time, self.remark]))
         self.bar.update(self._task, completed=self.done, numbers=numbers)
 

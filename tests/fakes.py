@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,10 @@ WINDOW = 700  # requests that are answered in another order than they came
 class FakeEngine:
     """Answers with tokens and log-probabilities made of the seed; every fifth is cut off."""
 
-    def __init__(self, kill_after: int | None = None) -> None:
-        self._kill_after = kill_after
+    def __init__(
+        self, kill_after: int | None = None, delay_s: float = 0.0, window: int = WINDOW
+    ) -> None:
+        self._kill_after, self._delay_s, self._window = kill_after, delay_s, window
         self.answered = 0
         self.most_held = 0
         self.closed = False
@@ -28,8 +31,9 @@ class FakeEngine:
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         source = iter(requests)
-        while window := list(islice(source, WINDOW)):
+        while window := list(islice(source, self._window)):
             for request in reversed(window):
+                time.sleep(self._delay_s)
                 if self.answered == self._kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
                 self.answered += 1

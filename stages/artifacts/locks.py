@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from stages.artifacts.files import make_folder, writing
 from stages.errors import BusyError, ConfigError
@@ -42,8 +43,12 @@ def lock_path(place: Path) -> Path:
 
 
 @contextmanager
-def hold(path: Path, what: str) -> Iterator[None]:
+def hold(path: Path, what: str, purpose: str = "") -> Iterator[None]:
     """Hold the lock file `path` while the block runs; never waits for another holder.
+
+    Args:
+        what: what the lock guards, for the message.
+        purpose: told to others by `purpose_of_holder`.
 
     Raises:
         BusyError: another process holds it; the message names host, process and command.
@@ -51,29 +56,48 @@ def hold(path: Path, what: str) -> Iterator[None]:
     """
     with writing(path):
         make_folder(path.parent)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    _held.add(descriptor)
+        descriptor = open_lock(path)
     try:
-        _lock(descriptor, path, what)
-        _write_note(descriptor, _this_process())
+        if not try_lock(descriptor, path):
+            raise BusyError(f"{what} is in use by {holder(path)}; wait for it to end, or stop it")
+        write_note(descriptor, _this_process(purpose))
         try:
             yield
         finally:
             if descriptor in _held:
-                _write_note(descriptor, b"")  # or the next owner would first bear this one's name
+                write_note(descriptor, b"")  # or the next owner would first bear this one's name
     finally:
-        if descriptor in _held:  # not in a forked child, which has let go of it
-            _held.discard(descriptor)
-            os.close(descriptor)
+        close_lock(descriptor)
 
 
-def _lock(descriptor: int, path: Path, what: str) -> None:
+def open_lock(path: Path) -> int:
+    """Return a descriptor of a lock file, made where there is none; forked children close it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _held.add(descriptor)
+    return descriptor
+
+
+def close_lock(descriptor: int) -> None:
+    """Let go of a lock; nothing in a forked child, which has done so."""
+    if descriptor in _held:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, path: Path, *, shared: bool = False) -> bool:
+    """Lock an open lock file, unless somebody else's lock stands against it.
+
+    Args:
+        path: of the file, for the message.
+        shared: let others hold it too, who ask for the same.
+
+    Raises:
+        ConfigError: its file system has no locks.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BusyError(
-            f"{what} is in use by {_holder(path)}; wait for it to end, or stop it"
-        ) from None
+        return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -81,26 +105,48 @@ def _lock(descriptor: int, path: Path, what: str) -> None:
             f"{path.parent} is on a file system without locks ({error.strerror}); "
             "put the run on another"
         ) from error
+    return True
 
 
-def _this_process() -> bytes:
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": shlex.join(sys.argv)}
-    return json.dumps(holder).encode()
-
-
-def _write_note(descriptor: int, note: bytes) -> None:
+def write_note(descriptor: int, note: bytes) -> None:
+    """Replace what an open lock file says of its holder."""
     with suppress(OSError):  # a courtesy to others, which a full disk must not turn into a failure
-        os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, note, 0)
+        os.ftruncate(descriptor, len(note))
 
 
-def _holder(path: Path) -> str:
+def holder(path: Path) -> str:
+    """Return who holds a lock, in words."""
+    note = _read_note(path)
+    if not {"pid", "host", "command"} <= note.keys():
+        return "another process"
+    return f"process {note['pid']} on {note['host']} ({note['command']})"
+
+
+def purpose_of_holder(path: Path) -> str | None:
+    """Return the purpose that the holder of a lock gave, None where it is not known."""
+    return _read_note(path).get("purpose")
+
+
+def _this_process(purpose: str) -> bytes:
+    note = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "command": shlex.join(sys.argv),
+        "purpose": purpose,
+    }
+    return json.dumps(note).encode()
+
+
+def _read_note(path: Path) -> dict[str, Any]:
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            holder = json.loads(path.read_text(encoding="utf-8"))
-            return f"process {holder['pid']} on {holder['host']} ({holder['command']})"
-        except (OSError, ValueError, KeyError, TypeError):  # the winner is writing its note
-            if time.monotonic() > deadline:
-                return "another process"
-            time.sleep(0.01)
+            note = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(note, dict):
+                return note
+        except (OSError, ValueError):  # the winner is writing its note
+            pass
+        if time.monotonic() > deadline:
+            return {}
+        time.sleep(0.01)

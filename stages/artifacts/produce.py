@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stages.artifacts import locks
-from stages.artifacts.files import files_below, fsync_path, make_folder, replace_text, writing
+from stages.artifacts.claims import Attendance
+from stages.artifacts.files import (
+    files_below,
+    fsync_path,
+    make_folder,
+    replace_text,
+    temporary_path,
+    writing,
+)
 from stages.artifacts.keys import canonical_json, sha256_file, sha256_text, stage_key
 from stages.artifacts.manifest import (
     MANIFEST_FORMAT,
@@ -41,12 +49,13 @@ from stages.artifacts.manifest import (
     key_fields,
     read_manifest,
 )
-from stages.artifacts.shards import SHARD_NOTES, ShardStore
-from stages.errors import ConfigError, CorruptError, DivergedError, SpinError
+from stages.artifacts.shards import CLAIMS, SHARD_NOTES, WORKERS, ShardStore
+from stages.errors import BusyError, ConfigError, CorruptError, DivergedError, SpinError
 
 log = logging.getLogger("spin")
 
 RUN_MARK = "run.json"
+ASSIST_EVERY_S = 0.5
 _SHOWN_CHARS = 40
 _NOT_FREE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 # The libraries whose version can change a result.
@@ -105,6 +114,11 @@ class Workspace:
     path: Path
     shards: ShardStore
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what is gone when the artifact is made."""
+        return self.path / SHARD_NOTES
+
     def file(self, relative: str) -> Path:
         """Return the path for a new file, its folder made."""
         path = self.path / relative
@@ -113,7 +127,12 @@ class Workspace:
 
 
 def produce(
-    out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], *, resumable: bool = False
+    out: Path,
+    plan: Plan,
+    fill: Callable[[Workspace], Outcome],
+    *,
+    resumable: bool = False,
+    assist: Callable[[Workspace], None] | None = None,
 ) -> Manifest:
     """Make the artifact `out` by `fill`, unless it is there already.
 
@@ -121,35 +140,82 @@ def produce(
         fill: writes files below its workspace.
         resumable: keep the finished shards of an attempt with the same key and input bytes that
             was cut off.
+        assist: where another process is making it: what to do in its workspace, again and again,
+            until it is made or its maker has ended, whose place is then taken.
 
     Returns:
         The manifest of the artifact, made now or found.
 
     Raises:
         ConfigError: `out` holds something else (the message names the field that differs), or
-            cannot be written.
-        BusyError: another process is making it.
+            cannot be written; or it is being made with other settings, where we would assist.
+        BusyError: another process is making it, and `assist` is None.
         NoSpaceError: the disk is full; finished shards are kept.
         DivergedError: a metric of the outcome is NaN or infinite.
     """
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))
     _check_outside_artifacts(out)
-    with locks.hold(locks.lock_path(out), str(out)), writing(out):
-        existing = _existing(out, plan)
-        if existing is not None:
-            log.info("%s: already done (%s)", plan.stage, out)
-            return existing
-        partial = out.parent / f".{out.name}.{plan.attempt_key[:16]}.partial"
-        _note_other_attempts(out, partial)
-        if not _is_whole(partial, plan):  # else killed between the manifest and the rename
-            leftovers = _clear(partial, plan, keep_shards=resumable)
+    while True:
+        with ExitStack() as held:
             try:
-                _fill(partial, plan, fill, leftovers)
-            except BaseException:
-                _give_back_room(partial, plan, keep_shards=resumable)
-                raise
-        return _publish(partial, out)
+                held.enter_context(locks.hold(locks.lock_path(out), str(out), plan.attempt_key))
+            except BusyError:
+                if assist is None:
+                    raise
+            else:
+                with writing(out):
+                    return _make(out, plan, fill, resumable)
+        _assist(out, plan, assist)
+        time.sleep(ASSIST_EVERY_S)
+
+
+def _make(out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable: bool) -> Manifest:
+    """Do the work of `produce`; the caller holds the lock of `out`."""
+    existing = _existing(out, plan)
+    if existing is not None:
+        log.info("%s: already done (%s)", plan.stage, out)
+        return existing
+    partial = _partial(out, plan)
+    _note_other_attempts(out, partial)
+    if not _is_whole(partial, plan):  # else killed between the manifest and the rename
+        leftovers = _clear(partial, plan, keep_shards=resumable)
+        try:
+            _fill(partial, plan, fill, leftovers)
+        except BaseException:
+            _give_back_room(partial, plan, keep_shards=resumable)
+            raise
+    return _publish(partial, out)
+
+
+def _assist(out: Path, plan: Plan, assist: Callable[[Workspace], None]) -> None:
+    """Work in the workspace of the process that makes `out`, as far as there is one.
+
+    Raises:
+        ConfigError: it is being made with other settings or from other inputs.
+    """
+    lock = locks.lock_path(out)
+    attempt = locks.purpose_of_holder(lock)
+    if attempt not in (None, "", plan.attempt_key):
+        raise ConfigError(
+            f"{out} is being made with other settings or inputs by {locks.holder(lock)}; give the "
+            "same ones, or name another --out"
+        )
+    partial = _partial(out, plan)
+    if not (partial / SHARD_NOTES).is_dir():
+        return  # it has not begun, or has just ended
+    try:
+        with Attendance(partial / WORKERS).present() as admitted, writing(out):
+            if admitted:
+                assist(Workspace(partial, ShardStore(partial, plan.attempt_key)))
+    except OSError:
+        if partial.is_dir() and not (partial / MANIFEST_NAME).exists():
+            raise
+        # else it is being committed: what we looked for, or were making, is not needed any more
+
+
+def _partial(out: Path, plan: Plan) -> Path:
+    return out.parent / f".{out.name}.{plan.attempt_key[:16]}.partial"
 
 
 def run_root(out: Path) -> Path | None:
@@ -275,11 +341,18 @@ def _is_whole(partial: Path, plan: Plan) -> bool:
 
 
 def _clear(partial: Path, plan: Plan, *, keep_shards: bool) -> set[str]:
-    """Leave in `partial` nothing but finished shards, or nothing at all; return their names."""
-    make_folder(partial)
+    """Leave in `partial` nothing but finished shards, or nothing at all; return their names.
+
+    Where others are at work in it, all is left as it is.
+    """
+    make_folder(partial / SHARD_NOTES)
     store = ShardStore(partial, plan.attempt_key)
-    shards = store.valid() if keep_shards else set()
-    _delete_all_but(partial, store.with_notes(shards))
+    with Attendance(partial / WORKERS).alone() as is_alone:
+        if not is_alone:
+            return store.noted()
+        shards = store.valid() if keep_shards else set()
+        _delete_all_but(partial, store.with_notes(shards) | {WORKERS})
+        make_folder(partial / CLAIMS)
     return shards
 
 
@@ -287,10 +360,12 @@ def _give_back_room(partial: Path, plan: Plan, *, keep_shards: bool) -> None:
     """After a failure, delete what the next attempt would delete; hashes are left to that one."""
     store = ShardStore(partial, plan.attempt_key)
     with suppress(OSError):  # the failure itself is what to tell
-        if keep_shards:
-            _delete_all_but(partial, store.with_notes(store.noted()))
-        else:
+        if not keep_shards:
             shutil.rmtree(partial)
+            return
+        with Attendance(partial / WORKERS).alone() as is_alone:
+            if is_alone:
+                _delete_all_but(partial, store.with_notes(store.noted()) | {WORKERS})
 
 
 def _delete_all_but(root: Path, keep: set[str]) -> None:
@@ -318,6 +393,8 @@ def _fill(
     _check_metrics(plan.stage, outcome)
     for relative in leftovers - workspace.shards.named:
         (partial / relative).unlink(missing_ok=True)
+    for unfinished in partial.rglob(temporary_path(Path("*")).name):
+        unfinished.unlink(missing_ok=True)  # of a worker that died, or does what is done already
     files = [
         _file_entry(partial, relative, relative in outcome.volatile)
         for relative in files_below(partial)

@@ -1,6 +1,8 @@
 """Shards: the unit in which a long stage's work survives a kill."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,6 +14,10 @@ from stages.artifacts.keys import canonical_json, sha256_file
 SHARD_NOTES = ".shards"
 ASIDE = f"{SHARD_NOTES}/aside"
 """Where shards lie that only serve to resume: they never become part of the artifact."""
+WORKERS = f"{SHARD_NOTES}/workers"
+"""The lock that workers who assist share while they are at work."""
+CLAIMS = f"{SHARD_NOTES}/claims"
+"""Where workers claim shards."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,14 @@ class ShardStore:
         )
 
     def write(self, relative: str, ids_hash: str, write: Callable[[Path], None]) -> None:
-        """Commit one shard: write aside, flush, rename, then the note."""
+        """Commit one shard: write aside, flush, rename, then the note.
+
+        Raises:
+            FileNotFoundError: the workspace is gone: another worker's attempt became the artifact.
+        """
         self.named.add(relative)
         path = self.root / relative
-        make_folder(path.parent)
+        self._make_folder(path.parent)
         temporary = temporary_path(path)
         try:
             write(temporary)
@@ -53,7 +63,7 @@ class ShardStore:
             raise
         fsync_path(path.parent)
         note = self._note_path(relative)
-        make_folder(note.parent)
+        self._make_folder(note.parent)
         replace_text(
             note, canonical_json({"key": self.key, "ids_hash": ids_hash, "sha256": digest})
         )
@@ -78,6 +88,11 @@ class ShardStore:
     def with_notes(self, names: set[str]) -> set[str]:
         """Return the relative paths of these shards and of their notes."""
         return names | {self._note_path(n).relative_to(self.root).as_posix() for n in names}
+
+    def _make_folder(self, folder: Path) -> None:
+        if not self.root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
+        make_folder(folder)
 
     def _matches_note(self, relative: str) -> bool:
         note = self._read_note(relative)

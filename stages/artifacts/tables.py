@@ -16,11 +16,16 @@ Row = dict[str, Any]
 
 
 class TableWriter:
-    """Streams rows into one Parquet file; at most one row group is held in memory."""
+    """Streams rows into one Parquet file; at most one row group is held in memory.
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._schema = schema
+    Every row group has `group_rows` rows, but for the last one.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, *, group_rows: int = ROW_GROUP_ROWS) -> None:
+        self._schema, self._group_rows = schema, group_rows
         self._rows: list[Mapping[str, Any]] = []
+        self._pending: list[pa.Table] = []
+        self._num_pending = 0
         self.num_rows = 0
         self._writer = pq.ParquetWriter(
             path, schema, compression="zstd", write_page_checksum=True, version="2.6"
@@ -31,13 +36,13 @@ class TableWriter:
         assert row.keys() == set(self._schema.names), f"row has columns {sorted(row)}"
         self._rows.append(row)
         self.num_rows += 1
-        if len(self._rows) >= ROW_GROUP_ROWS:
-            self._flush()
+        if len(self._rows) >= self._group_rows:
+            self._gather()
 
     def append_batch(self, batch: pa.RecordBatch) -> None:
-        """Add a whole batch of rows of the same schema, as a row group of its own."""
-        self._flush()
-        self._writer.write_batch(batch, row_group_size=ROW_GROUP_ROWS)
+        """Add a whole batch of rows of the same schema."""
+        self._gather()
+        self._hold(pa.Table.from_batches([batch], self._schema))
         self.num_rows += batch.num_rows
 
     def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -47,14 +52,30 @@ class TableWriter:
 
     def close(self) -> None:
         """Write what is pending, and the footer."""
-        self._flush()
+        self._gather()
+        self._write(self._num_pending)
         self._writer.close()
 
-    def _flush(self) -> None:
+    def _gather(self) -> None:
+        """Make a table of the single rows."""
         if self._rows:
-            table = pa.Table.from_pylist(self._rows, schema=self._schema)
-            self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            self._hold(pa.Table.from_pylist(self._rows, schema=self._schema))
             self._rows = []
+
+    def _hold(self, table: pa.Table) -> None:
+        """Write all whole row groups; the rest waits for more."""
+        self._pending.append(table)
+        self._num_pending += table.num_rows
+        self._write(self._num_pending - self._num_pending % self._group_rows)
+
+    def _write(self, num_rows: int) -> None:
+        """Write the first so many pending rows."""
+        if not num_rows:
+            return
+        table = pa.concat_tables(self._pending)
+        self._writer.write_table(table.slice(0, num_rows), row_group_size=self._group_rows)
+        self._pending = [table.slice(num_rows)] if num_rows < table.num_rows else []
+        self._num_pending = table.num_rows - num_rows
 
     def __enter__(self) -> Self:
         return self

@@ -35,8 +35,8 @@ PROMPTS = _schema(
 )
 """A prompt as messages, and the human response to it."""
 
-RENDERED = _schema(prompt_id=pa.string(), prompt_token_ids=_TOKENS)
-"""A prompt as tokens; only ever in scratch files."""
+RENDERED = _schema(prompt_id=pa.string(), num_tokens=pa.int32(), prompt_token_ids=_TOKENS)
+"""A prompt as tokens, and how many; only ever in scratch files."""
 
 GENERATIONS = _schema(
     prompt_id=pa.string(),

@@ -16,7 +16,7 @@ STAGES = {
 }  # fmt: skip
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
-    "layout", "decisions", "progress", "journal", "data", "objective", "model", "engines",
+    "layout", "decisions", "progress", "journal", "answers", "data", "objective", "model", "engines",
     "rewards",
 }  # fmt: skip
 OF_A_RUN = {"layout", "run_record", "decisions"}
@@ -33,6 +33,7 @@ ALLOWED = {
     "engines": BASE | {"data", "objective", "model"},
     "rewards": BASE | {"data", "objective", "model", "engines"},
     "journal": BASE | {"data", "model", "progress"},
+    "answers": BASE | {"data", "engines", "progress"},
     **dict.fromkeys(STAGES, BELOW_STAGES),
     # A run as a whole.
     "run_record": BASE | {"layout"},

@@ -78,7 +78,7 @@ def test_a_killed_owner_leaves_nothing_stale(tmp_path: Path) -> None:
 
 def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_owner(tmp_path: Path) -> None:
     body = "child = os.fork()\n            " + (
-        "(print(child, flush=True), time.sleep(60)) if child else time.sleep(60)"
+        "time.sleep(60) if child else (print(os.getpid(), flush=True), time.sleep(60))"
     )
     process = owner(tmp_path / "lock", body)
     assert process.stdout is not None
