@@ -30,7 +30,7 @@ PLAIN_TEMPLATE = (
 
 PART_ROWS = 1024
 PART_CHARACTERS = 1 << 20  # tokenizers keep some 100 bytes a character while they work
-MOST_CHARACTERS = 1 << 24
+MOST_CHARACTERS = 1 << 23
 """Of a conversation: what a template's process can hold several times over."""
 
 _USER, _ASSISTANT, _NEUTRAL = "spin⟂question", "spin⟂answer", "neutral"

@@ -26,8 +26,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-MEMORY_BYTES = 1 << 30
-ROW_CPU_S = 2.0
+MEMORY_BYTES = 1 << 29
+ROW_CPU_S = 1.0
 KILL_CPU_S = 1  # after the row's own limit, for what no signal handler can interrupt
 FREE_CHARACTERS = 1 << 18
 MOST_GROWTH = 8
