@@ -8,13 +8,15 @@ prints a table and writes the figures.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _report import commit, hardware, write
 
 
 def main() -> None:
@@ -31,10 +33,8 @@ def main() -> None:
         for control in ([False, True] if arguments.control else [False])
     ]
     show(rows)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"hardware": hardware(), "commit": commit(), "overrides": overrides, "runs": rows}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = {"hardware": hardware(), "commit": commit(), "overrides": overrides, "runs": rows}
+    write(report, arguments.json)
 
 
 def play(
@@ -74,15 +74,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         curve += ["-"] * (iterations + 1 - len(curve))
         cells = [row["seed"], row["arm"], *curve, row["exit_code"], row["seconds"]]
         print("  ".join(f"{cell!s:>9}" for cell in cells))
-
-
-def hardware() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, no GPU used"
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

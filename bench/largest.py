@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+from _report import commit, hardware, write  # noqa: E402
 from _traces import SHAPES, Shape, draw_pairs, write_model, write_pairs  # noqa: E402
 
 SHAPES_7B = {"7b": Shape(28, 3584, 28, 4, 18_944, 152_064), **SHAPES}
@@ -51,10 +52,10 @@ def main() -> None:
         print(
             f"the largest that fits: {best['layers']} layers, {best['weights'] / 1e9:.2f}B weights"
         )
-    if arguments.json:
-        report = {"hardware": hardware(arguments.device), "optimizer": arguments.optimizer,
-                  "offload": arguments.offload, "tries": tries, "largest": best}  # fmt: skip
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    report = {"hardware": hardware(arguments.device), "commit": commit(),
+              "optimizer": arguments.optimizer, "offload": arguments.offload, "tries": tries,
+              "largest": best}  # fmt: skip
+    write(report, arguments.json)
 
 
 def search(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -122,13 +123,6 @@ def try_layers(arguments: argparse.Namespace) -> None:
 def sized(name: str, layers: int) -> Shape:
     """Return a shape with another number of layers."""
     return dataclasses.replace(SHAPES_7B[name], num_layers=layers)
-
-
-def hardware(device: str) -> str:
-    if device == "cpu":
-        return "no GPU used"
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ import argparse
 import csv
 import json
 import multiprocessing
-import os
 import platform
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from _report import commit, hardware  # noqa: E402
 
 WORDS = [f"word{i:04d}" for i in range(2000)]
 
@@ -104,7 +104,7 @@ def main() -> None:
             "rows_per_s": round(arguments.rows / seconds),
             "peak_memory_bytes": peak_bytes,
             "counts": counts,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "hardware": hardware(),
             "python": platform.python_version(),
             "commit": commit(),
         }
@@ -114,14 +114,6 @@ def main() -> None:
     )
     json.dump(result, sys.stdout, indent=2)
     sys.stdout.write("\n")
-
-
-def commit() -> str | None:
-    """Return the commit that is measured, or None outside a checkout."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 if __name__ == "__main__":

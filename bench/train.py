@@ -42,7 +42,6 @@ rates are by CPU time, good to 10%):
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -57,6 +56,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+from _report import commit, hardware, write  # noqa: E402
 from _sides import FEW, Spec, run_side  # noqa: E402
 from _traces import (  # noqa: E402
     MEDIANS,
@@ -281,13 +281,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             report.setdefault("breakdown", {})[trace] = bench.breakdown()
             write(report, arguments.json)
             show_breakdown(trace, report["breakdown"][trace])
-
-
-def write(report: Mapping[str, Any], path: Path | None) -> None:
-    """Write the JSON, as far as it has come."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 class Bench:
@@ -562,21 +555,6 @@ def dpo_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """Return `key=JSON value` arguments as a mapping."""
     parts = [text.partition("=") for text in texts]
     return {key: json.loads(value) for key, _, value in parts}
-
-
-def hardware(device: str) -> str:
-    cores = f"{platform.machine()}, {os.cpu_count()} cores"
-    if device == "cpu":
-        return f"{cores}, no GPU used"
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return f"{done.stdout.strip() or 'a GPU without nvidia-smi'}; {cores}"
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -32,11 +32,23 @@ PAIRS = [PairTokens([3, 4, 5], [6, 7], [8, 9, 10])] * 2
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    """The script, as a module."""
-    spec = importlib.util.spec_from_file_location("bench_scaling", ROOT / "bench" / "scaling.py")
+    """The written model, as a module."""
+    return load("_scaling")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The measurement, as a module."""
+    return load("scaling")
+
+
+def load(name: str) -> ModuleType:
+    folder = ROOT / "bench"
+    sys.path.append(str(folder))  # its scripts import each other by their names
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_scaling"] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -363,24 +375,24 @@ def test_tables_of_the_document_are_those_of_the_formulas(bench: ModuleType) -> 
 # -- The measurement ------------------------------------------------------------------------------
 
 
-def test_losses_are_compared_with_the_first(bench: ModuleType) -> None:
+def test_losses_are_compared_with_the_first(script: ModuleType) -> None:
     curves = {
-        bench.Ranks(1, 1): bench.Measured(losses=[0.7, 0.6]),
-        bench.Ranks(2, 1): bench.Measured(losses=[0.7, 0.61]),
-        bench.Ranks(1, 2): bench.Measured(),
+        script.Ranks(1, 1): script.Measured(losses=[0.7, 0.6]),
+        script.Ranks(2, 1): script.Measured(losses=[0.7, 0.61]),
+        script.Ranks(1, 2): script.Measured(),
     }
-    assert bench.loss_difference(curves) == pytest.approx(0.01)
-    bench.compare_losses(curves, "bf16")
+    assert script.loss_difference(curves) == pytest.approx(0.01)
+    script.compare_losses(curves, "bf16")
     with pytest.raises(SystemExit, match=r"losses differ by 1.00e-02, more than 0.001"):
-        bench.compare_losses(curves, "fp32")
-    curves[bench.Ranks(2, 1)].losses[0] = float("nan")
+        script.compare_losses(curves, "fp32")
+    curves[script.Ranks(2, 1)].losses[0] = float("nan")
     with pytest.raises(SystemExit, match="losses differ by nan"):
-        bench.compare_losses(curves, "bf16")
+        script.compare_losses(curves, "bf16")
 
 
-def test_communication_is_summed_over_the_step(bench: ModuleType, toy: Any) -> None:
+def test_communication_is_summed_over_the_step(script: ModuleType, toy: Any) -> None:
     probe = {"gather layer": 1.0, "gather outer": 10.0, "reduce layer": 100.0, "reduce outer": 1e3}
-    seconds = sum(bench.probe_seconds(probe, toy, bench.Setting(), 2, 3))
+    seconds = sum(script.probe_seconds(probe, toy, script.Setting(), 2, 3))
     assert seconds == 3 * (2 * 2 * 1 + 2 * 10 + 2 * 100 + 1000)
-    kept = bench.Setting(reshard=False)
-    assert sum(bench.probe_seconds(probe, toy, kept, 2, 3)) == 3 * (2 + 10) + 2 * 100 + 1000
+    kept = script.Setting(reshard=False)
+    assert sum(script.probe_seconds(probe, toy, kept, 2, 3)) == 3 * (2 + 10) + 2 * 100 + 1000
