@@ -374,7 +374,8 @@ def _roll_back(run: Path) -> None:
 @app.command(
     name="run",
     epilog=_example("spin run demo --run runs/demo --iterations 3",
-                    "spin run recipe.yaml --run runs/a --iterations 1 --dry-run train.beta=0.05"),
+                    "spin run recipe.yaml --run runs/a --iterations 1 --dry-run train.beta=0.05",
+                    "spin run demo --run runs/b -n 9 --keep-engine generate.engine.name=vllm"),
 )  # fmt: skip
 def run_(
     recipe: Annotated[
@@ -398,6 +399,12 @@ def run_(
         bool,
         typer.Option("--amend", help="Take another recipe than the run was started with for what "
                      "is not done yet."),
+    ] = False,
+    keep_engine: Annotated[
+        bool,
+        typer.Option("--keep-engine", help="Let one engine live through the run, asleep while "
+                     "other stages work. Changes nothing but the time that engines take to start, "
+                     "and --dry-run not at all."),
     ] = False,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
@@ -423,7 +430,7 @@ def run_(
     with hold(layout.lock, f"run {layout.root}"):
         start_or_resume(layout, chosen, amend=amend)
         try:
-            carry_on(layout, chosen, iterations, verify=not no_verify)
+            carry_on(layout, chosen, iterations, verify=not no_verify, keep_engine=keep_engine)
         except GateRefusedError:
             put_iterations(layout.root)
             raise

@@ -2,6 +2,8 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from spin_cli.steps import ShellText, Step, command, execute
 from stages.artifacts.manifest import MANIFEST_NAME
@@ -9,21 +11,49 @@ from stages.config import Recipe
 from stages.decisions import Opponent, first_opponent, opponent_of, player
 from stages.layout import ITERATION_STAGES, RunLayout
 
+if TYPE_CHECKING:
+    from stages.engines import OpenEngine
 
-def carry_on(layout: RunLayout, recipe: Recipe, iterations: int, *, verify: bool = True) -> None:
+
+def carry_on(
+    layout: RunLayout,
+    recipe: Recipe,
+    iterations: int,
+    *,
+    verify: bool = True,
+    keep_engine: bool = False,
+) -> None:
     """Run what is missing of a run; the caller holds its lock.
 
     Args:
         verify: check the SHA-256 of inputs.
+        keep_engine: let one engine live through the run; its answers are those of new ones.
 
     Raises:
         GateRefusedError: a player was refused, and the recipe stops there.
     """
-    for step in steps(layout, recipe, iterations, lambda t: opponent_of(layout, recipe, t)):
-        config = recipe.for_iteration(step.iteration)
-        execute(step, config if verify else config.model_copy(update={"verify": False}))
+    with _engines(recipe, iterations, keep_engine) as open_engine:
+        for step in steps(layout, recipe, iterations, lambda t: opponent_of(layout, recipe, t)):
+            config = recipe.for_iteration(step.iteration)
+            checked = config if verify else config.model_copy(update={"verify": False})
+            execute(step, checked, open_engine)
     if iterations > 0:
         opponent_of(layout, recipe, iterations)  # raises when the last player was refused
+
+
+@contextmanager
+def _engines(recipe: Recipe, iterations: int, keep: bool) -> Iterator["OpenEngine | None"]:
+    """Lend what opens the run's engines; None leaves each stage to open its own."""
+    if not keep:
+        yield None
+        return
+    from stages import engines
+
+    configs = [recipe.for_iteration(iteration) for iteration in [None, *range(iterations)]]
+    answers = [c.generate.max_new_tokens for c in configs]
+    answers += [c.evaluate.max_new_tokens for c in configs]
+    with engines.Keeper(engines.open_engine, max(answers) - min(answers)) as keeper:
+        yield keeper.open
 
 
 def commands(

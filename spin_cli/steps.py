@@ -18,6 +18,7 @@ from stages.errors import ConfigError
 from stages.layout import RunLayout
 
 if TYPE_CHECKING:
+    from stages.engines import OpenEngine
     from stages.promote import PromoteInputs
 
 MAX_FIGURES = 8
@@ -67,19 +68,23 @@ def command(step: Step, settings: Sequence[str]) -> str:
     return " ".join(str(w) if isinstance(w, ShellText) else shlex.quote(w) for w in words)
 
 
-def execute(step: Step, config: RunConfig) -> Manifest:
-    """Run a step in this process, and say in one line what came of it."""
+def execute(step: Step, config: RunConfig, open_engine: "OpenEngine | None" = None) -> Manifest:
+    """Run a step in this process, and say in one line what came of it.
+
+    Args:
+        open_engine: opens the engines of generate and evaluate; None: one for each.
+    """
     _use_threads(config.threads)
     was_there = (step.out / MANIFEST_NAME).is_file()
     start = time.monotonic()
-    manifest = _call(step, config)
+    manifest = _call(step, config, open_engine)
     if not was_there:
         seconds = time.monotonic() - start
         log.info("%s: %.1f s%s", step.title(), seconds, _figures(manifest))
     return manifest
 
 
-def _call(step: Step, config: RunConfig) -> Manifest:
+def _call(step: Step, config: RunConfig, open_engine: "OpenEngine | None") -> Manifest:
     """Call the stage; stages are imported here, since they import torch."""
     if step.stage not in ("sft", "score", "train") and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
@@ -106,15 +111,15 @@ def _call(step: Step, config: RunConfig) -> Manifest:
 
             return promote.run(config, _promote_inputs(step), out)
         case _:
-            return _call_of_iteration(step, config)
+            return _call_of_iteration(step, config, open_engine)
 
 
-def _call_of_iteration(step: Step, config: RunConfig) -> Manifest:
+def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine | None") -> Manifest:
     options, out = step.options, step.out
     model, revision = options.get("model", ""), options.get("revision")
     match step.stage:
         case "generate":
-            from stages import generate
+            from stages import engines, generate
 
             return generate.run(
                 config,
@@ -125,6 +130,7 @@ def _call_of_iteration(step: Step, config: RunConfig) -> Manifest:
                     iteration=step.iteration or 0,
                 ),
                 out,
+                open_engine=open_engine or engines.open_engine,
             )
         case "reward":
             from stages import reward
@@ -161,7 +167,7 @@ def _call_of_iteration(step: Step, config: RunConfig) -> Manifest:
             pairs = Path(options["pairs"])
             return train.run(config, train.TrainInputs(pairs, model, revision), out)
         case "evaluate":
-            from stages import evaluate
+            from stages import engines, evaluate
 
             return evaluate.run(
                 config,
@@ -174,6 +180,7 @@ def _call_of_iteration(step: Step, config: RunConfig) -> Manifest:
                     opponent_evaluation=_path(options.get("opponent_evaluation")),
                 ),
                 out,
+                open_engine=open_engine or engines.open_engine,
             )
     raise AssertionError(f"no stage {step.stage}")
 

@@ -123,7 +123,9 @@ def fake(name: str) -> Any:
     if name == "prepare":
         module.run = lambda config, out: run_stage("prepare", config, Inputs(), out)
     else:
-        module.run = lambda config, inputs, out: run_stage(name, config, inputs, out)
+        module.run = lambda config, inputs, out, open_engine=None: run_stage(
+            name, config, inputs, out
+        )
         setattr(module, f"{name.capitalize()}Inputs", input_class(name))
     return module
 

@@ -7,7 +7,10 @@ from tempfile import TemporaryDirectory
 
 from stages.config import EngineConfig
 from stages.engines.base import Engine
+from stages.engines.keeper import Keeper
 from stages.model.base import is_adapter
+
+__all__ = ["Keeper", "OpenEngine", "open_engine", "running"]
 
 OpenEngine = Callable[..., Engine]
 

@@ -40,7 +40,7 @@ ALLOWED = {
     "decisions": BASE | {"layout", "run_record"},
     "status": BASE | OF_A_RUN,
     "verify": BASE | OF_A_RUN,
-    "spin_cli": BASE | STAGES | OF_A_RUN | {"progress", "status", "verify"},
+    "spin_cli": BASE | STAGES | OF_A_RUN | {"engines", "progress", "status", "verify"},
 }
 
 

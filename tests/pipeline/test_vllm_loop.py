@@ -1,8 +1,10 @@
-"""One real iteration with real vLLM: `spin run` with `generate.engine.name=vllm`."""
+"""Two real iterations with real vLLM, kept from one to the next: `spin run --keep-engine`."""
 
 import json
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 
 from spin_cli.app import app
 from stages.artifacts import read_manifest
+from stages.engines import fleet
+from stages.engines.process import Process
 from tests.tiny_loop import RECIPE
 
 pytestmark = pytest.mark.skipif(
@@ -17,8 +21,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def generations(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    return {
+        (row["prompt_id"], row["sample_index"]): row
+        for file in sorted(folder.glob("part-*.parquet"))
+        for row in pq.read_table(file).to_pylist()
+    }
+
+
 @pytest.mark.timeout(600)
-def test_an_iteration_with_vllm(tmp_path: Path) -> None:
+def test_iterations_with_vllm(tmp_path: Path) -> None:
     recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
     recipe.write_text(RECIPE)
     settings = [
@@ -26,9 +38,15 @@ def test_an_iteration_with_vllm(tmp_path: Path) -> None:
         "sft.architecture.hidden_size=64",  # vLLM has no CPU kernel for heads below 32
         "train.lora.output=adapter",  # evaluate then hands vLLM an adapter
     ]
-    words = ["run", str(recipe), "--run", str(run), "--iterations", "1", *settings]
-    result = CliRunner().invoke(app, words)
+    words = ["run", str(recipe), "--run", str(run), "--iterations", "2", "--keep-engine", *settings]
+    logs = set(Path(tempfile.gettempdir()).glob("spin-vllm-*"))
+    started: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet, "Process", lambda *how: started.append(1) or Process(*how))
+        result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
+    assert len(started) == 1, "one engine for five stages and three models"
+    assert set(Path(tempfile.gettempdir()).glob("spin-vllm-*")) == logs, "it ended with the run"
     generate = read_manifest(run / "iterations/000/generate")
     assert generate.info["engine"] == "vllm"
     assert generate.counts["rows"] == generate.counts["prompts"] == 80
@@ -52,4 +70,17 @@ def test_an_iteration_with_vllm(tmp_path: Path) -> None:
     assert (run / "iterations/000/train/adapter_model.safetensors").is_file()
     assert read_manifest(run / "iterations/000/evaluate").counts["prompts"] == 10
     status = CliRunner().invoke(app, ["status", str(run), "--json"])
-    assert json.loads(status.stdout)["champion"].endswith("iterations/000/train")
+    assert json.loads(status.stdout)["champion"].endswith("iterations/001/train")
+    # A cold engine answers the same for the model that the kept one was given later.
+    inputs = ["--model", str(run / "iterations/000/train"), "--data", str(run / "data")]
+    words = ["generate", "--config", str(recipe), *inputs, "--out", str(tmp_path / "cold")]
+    result = CliRunner().invoke(app, [*words, "--iteration", "1", *settings])
+    assert result.exit_code == 0, result.stderr
+    cold, kept = generations(tmp_path / "cold"), generations(run / "iterations/001/generate")
+    assert kept.keys() == cold.keys()
+    for name, row in kept.items():
+        assert row["response_token_ids"] == cold[name]["response_token_ids"]
+        assert row["token_logprobs"] == pytest.approx(cold[name]["token_logprobs"], abs=1e-4)
+    first = generations(run / "iterations/000/generate")
+    changed = [n for n in kept if kept[n]["token_logprobs"][:1] != first[n]["token_logprobs"][:1]]
+    assert len(changed) == len(kept), "the player's weights, not the opponent's"

@@ -316,7 +316,9 @@ class TestStageCommands:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Any] = []
-        monkeypatch.setattr("stages.generate.run", lambda config, inputs, out: seen.append(inputs))
+        monkeypatch.setattr(
+            "stages.generate.run", lambda config, inputs, out, open_engine: seen.append(inputs)
+        )
         monkeypatch.setattr("spin_cli.steps._figures", lambda manifest: "")
         spin("generate", "--data", "d", "--out", "g", "model.path=a/b", "model.revision=r")
         assert (seen[0].model, seen[0].revision, seen[0].iteration) == ("a/b", "r", 0)
