@@ -6,6 +6,7 @@ Fields marked `identity=False` name a place or change speed, not the result: the
 """
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,20 @@ def _refuse_no_names(value: Any) -> Any:
     if not is_list and value != "all-linear":
         raise ValueError("give a list of names, such as [q_proj, v_proj], or all-linear")
     return value
+
+
+def _read_template(value: Any) -> Any:
+    """Read a chat template from its file; `recipe://` has become a path by now."""
+    if not isinstance(value, str) or not value.endswith(".jinja"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8"
+        raise ValueError(
+            f"the template file cannot be read ({reason}); name one that exists, by its path or as "
+            "recipe://FILE.jinja beside the recipe"
+        ) from None
 
 
 ModuleNames = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_refuse_no_names)]
@@ -79,12 +94,21 @@ class ModelConfig(_Section):
 class ChatConfig(_Section):
     """How messages become tokens; one renderer for every stage."""
 
-    template: str | None = None
-    """A Jinja chat template, or `plain` (see docs/data.md); None takes the tokenizer's own."""
+    template: Annotated[str | None, BeforeValidator(_read_template)] = None
+    """A Jinja chat template, a file of one (`x.jinja`, `recipe://x.jinja`), or `plain` (see
+    docs/data.md); None takes the tokenizer's own, and `plain` where it has none."""
     system: str | None = None
     """A system prompt put before every conversation that has none."""
     prompt_suffix: str = ""
     """Text added to the last user message."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the result; of a template, its hash."""
+        values = super().identity()
+        if self.template is not None and self.template != "plain":
+            text = self.template.encode("utf-8", "surrogatepass")
+            values["template"] = hashlib.sha256(text).hexdigest()
+        return values
 
 
 class WordSumsConfig(_Section):

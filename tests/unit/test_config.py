@@ -165,6 +165,38 @@ def test_recipe_paths_lie_beside_the_recipe(tmp_path: Path) -> None:
         load_recipe(None, ["model.path=recipe://base"])
 
 
+def test_a_chat_template_may_be_a_file_and_is_known_by_its_text(tmp_path: Path) -> None:
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    identities = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        (folder / "mine.jinja").write_text(text)
+        path = recipe_file(folder, "chat: {template: 'recipe://mine.jinja'}")
+        config = load_recipe(path).for_iteration()
+        assert config.chat.template == text
+        identities.append(config.identity())
+    inline = load_recipe(None, [f"chat.template='{text}'"]).for_iteration()
+    by_path = load_recipe(None, [f"chat.template={tmp_path}/here/mine.jinja"]).for_iteration()
+    assert inline.chat == by_path.chat
+    assert [*identities, inline.identity(), by_path.identity()] == [identities[0]] * 4
+    assert len(identities[0]["chat"]["template"]) == 64
+    assert "content" not in str(identities[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none.jinja", "No such file"), ("folder.jinja", "Is a directory"), ("x.jinja", "no UTF-8")],
+)
+def test_a_chat_template_that_cannot_be_read_is_refused(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    (tmp_path / "folder.jinja").mkdir()
+    (tmp_path / "x.jinja").write_bytes(b"\xff\xfe")
+    path = recipe_file(tmp_path, f"chat: {{template: 'recipe://{name}'}}")
+    with pytest.raises(ConfigError, match=rf"chat.template=.*{name}.*cannot be read \({reason}"):
+        load_recipe(path)
+
+
 def test_a_recipe_survives_its_json(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file(tmp_path), ["train.beta=0.05"])
     again = recipe_from_json(recipe.to_json())
