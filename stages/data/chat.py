@@ -627,7 +627,7 @@ def _end_token(tokenizer: Any, coder: TextCoder, tail: str, model_dir: Path) -> 
     """
     [ids] = coder.encode([tail])
     added = {i for i, t in tokenizer.added_tokens_decoder.items() if str(t).strip()}
-    for kind in (set(tokenizer.all_special_ids), added):
+    for kind in (_special_texts(tokenizer, ()).keys(), added):
         for token in ids:
             if token in kind:
                 return int(token)
