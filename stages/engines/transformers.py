@@ -41,7 +41,6 @@ GROWTH = 64  # positions by which the cache grows
 # not promised. Beyond, the last bits can differ, and rarely a token with them.
 SMALLEST_MATRIX = 16  # rows
 WIDTH_STEP = 16  # cached positions come in multiples of it, and are never less than two
-SCORE_EXTRAS = ("position_bias", "s_aux", "softcap")  # what some families add to their scores
 
 
 class TransformersEngine:
@@ -457,7 +456,10 @@ def slot_attention(
     Its slow twin is `sdpa_attention_forward`, which repeats the whole cache at every step for
     models with fewer key heads than query heads, and is slower on a CPU with them all.
     """
-    if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in SCORE_EXTRAS):
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is not None or sinks is not None:
+        return _plain_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
+    if query.shape[2] > 1 or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
@@ -469,6 +471,33 @@ def slot_attention(
         scores += attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).reshape(slots, 1, heads, -1), None
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention with what SDPA leaves out without a word: soft-capped scores, attention sinks."""
+    rows, heads, queries, size = query.shape
+    groups = heads // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.matmul(query * (scaling or size**-0.5), key.transpose(2, 3)).float()
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if attention_mask is None and queries > 1:
+        attention_mask = _additive(scores.new_ones(queries, queries).tril() > 0, scores.dtype)
+    if attention_mask is not None:
+        scores += attention_mask
+    if sinks_H is not None:  # take a share of the attention, and add nothing
+        sinks = sinks_H.float().view(1, heads, 1, 1).expand(rows, heads, queries, 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _fitted_temperature(case: Case, model: ParityModel) -> float:
         return float(torch.cat(gaps).abs().mean())
 
     best, width = 1.0, 10.0
-    for _ in range(4):  # ends within 0.1% of the best
+    for _ in range(7):  # each narrows it to a fifth
         grid = np.geomspace(best / width, best * width, 17)
         best = float(min(grid, key=distance))
         width = (grid[1] / grid[0]) ** 1.5

