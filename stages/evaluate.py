@@ -29,7 +29,7 @@ from stages.data.rows import EXAMPLES, PROMPTS
 from stages.data.tokens import PairTokens
 from stages.engines import OpenEngine
 from stages.engines.base import Completion, Request, Sampling
-from stages.engines.prompts import askable_tokens, model_room
+from stages.engines.prompts import askable_batch, model_room, model_vocab_size
 from stages.errors import InputError
 from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
@@ -203,13 +203,16 @@ def _render(work: _Work) -> tuple[list[Example], int]:
         ids = (row["prompt_id"] for row in _heldout(work.data))
         drawn = smallest_by_hash(ids, work.config.evaluate.max_prompts, "evaluate")
     examples, refused = [], 0
-    for row in _heldout(work.data):
-        if drawn is not None and row["prompt_id"] not in drawn:
-            continue
-        try:
-            prompt = askable_tokens(row["messages"], work.renderer, room - config.max_new_tokens)
-            human = work.renderer.response_tokens(row["response"])
-        except RowRefusedError:
+    rows = [row for row in _heldout(work.data) if drawn is None or row["prompt_id"] in drawn]
+    prompts = askable_batch(
+        [row["messages"] for row in rows],
+        work.renderer,
+        room - config.max_new_tokens,
+        model_vocab_size(work.model.path),
+    )
+    humans = work.renderer.responses_tokens([row["response"] for row in rows])
+    for row, prompt, human in zip(rows, prompts, humans, strict=True):
+        if isinstance(prompt, RowRefusedError) or isinstance(human, RowRefusedError):
             refused += 1
             continue
         if len(prompt) + len(human) > room:

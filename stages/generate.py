@@ -35,7 +35,7 @@ from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
 from stages.engines import OpenEngine
 from stages.engines.base import Engine, Sampling
-from stages.engines.prompts import askable_batch, model_room
+from stages.engines.prompts import askable_batch, model_room, model_vocab_size
 from stages.errors import CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
 
@@ -200,10 +200,10 @@ def _render_all(work: _Work, table: TableWriter, left_out: TableWriter) -> None:
     room = model_room(
         work.model.path, work.generate.engine.max_model_len, work.generate.max_new_tokens
     )
-    reasons = Counter[str]()
+    vocab_size, reasons = model_vocab_size(work.model.path), Counter[str]()
     for ids, messages in _train_prompts(work):
         limit = room - work.generate.max_new_tokens
-        tokens = askable_batch(messages, work.renderer, limit)
+        tokens = askable_batch(messages, work.renderer, limit, vocab_size)
         good = [i for i, found in enumerate(tokens) if not isinstance(found, RowRefusedError)]
         for i, found in enumerate(tokens):
             if isinstance(found, RowRefusedError):

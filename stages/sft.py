@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # torch is loaded only when there is something to train
     from stages.model.learner import Learner
 
 FORMAT_VERSION = 1
+RENDERED_TOGETHER = 4096
 
 
 @dataclass(frozen=True)
@@ -215,24 +217,23 @@ def _render(path: Path, renderer: Renderer, data: Artifact, max_examples: int | 
         ids = (row["prompt_id"] for row in _prompts(data))
         drawn = smallest_by_hash(ids, max_examples, "sft")
     refused = 0
+    kept = (row for row in _prompts(data) if drawn is None or row["prompt_id"] in drawn)
     with TableWriter(path, SUPERVISED) as table:
-        for row in _prompts(data):
-            if drawn is not None and row["prompt_id"] not in drawn:
-                continue
-            try:
-                prompt = renderer.prompt_tokens(row["messages"])
-                response = renderer.response_tokens(row["response"])
-            except RowRefusedError:
-                refused += 1
-                continue
-            table.append(
-                {
-                    "prompt_id": row["prompt_id"],
-                    "prompt_token_ids": prompt,
-                    "chosen_token_ids": response,
-                    "rejected_token_ids": [],
-                }
-            )
+        while rows := list(islice(kept, RENDERED_TOGETHER)):
+            prompts = renderer.prompts_tokens([row["messages"] for row in rows])
+            responses = renderer.responses_tokens([row["response"] for row in rows])
+            for row, prompt, response in zip(rows, prompts, responses, strict=True):
+                if isinstance(prompt, RowRefusedError) or isinstance(response, RowRefusedError):
+                    refused += 1
+                    continue
+                table.append(
+                    {
+                        "prompt_id": row["prompt_id"],
+                        "prompt_token_ids": prompt,
+                        "chosen_token_ids": response,
+                        "rejected_token_ids": [],
+                    }
+                )
     return refused
 
 

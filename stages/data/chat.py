@@ -197,13 +197,26 @@ class Renderer:
         Raises:
             RowRefusedError: as `prompt_tokens`.
         """
+        return _or_raise(self.responses_tokens([text])[0])
+
+    def responses_tokens(self, texts: Sequence[str]) -> list[list[int] | RowRefusedError]:
+        """Return the token ids of many responses, or why one is refused; see `response_tokens`."""
+        whole = _each(texts, self._led)
+        lead, *tokens = _all_at_once([self.response_lead, *whole], self._coder.encode)
+        rows = [_or_raise(lead), *([] if isinstance(t, RowRefusedError) else t for t in tokens)]
+        expected, *counts = self._count_special(rows).tolist()
+        return [
+            ids
+            if isinstance(ids, RowRefusedError)
+            else [*ids, self.end_token_id]
+            if count == expected
+            else _special_refused(count, expected)
+            for ids, count in zip(tokens, counts, strict=True)
+        ]
+
+    def _led(self, text: str) -> str:
         self._check_text(text)
-        both = [self.response_lead, self.response_lead + text]
-        lead, tokens = map(_or_raise, _all_at_once(both, self._coder.encode))
-        expected, found = (int(n) for n in self._count_special([lead, tokens]))
-        if found != expected:
-            raise _special_refused(found, expected)
-        return [*tokens, self.end_token_id]
+        return self.response_lead + text
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text of response tokens, without the stop token at the end."""

@@ -174,6 +174,20 @@ def test_a_batch_gives_each_row_what_it_gets_alone(tiny_model_dir: Path) -> None
             assert (caught.value.reason, caught.value.detail) == (row.reason, row.detail)
 
 
+def test_a_batch_of_responses_gives_each_what_it_gets_alone(tiny_model_dir: Path) -> None:
+    renderer = make_renderer(tiny_model_dir, ChatConfig())
+    texts = hostile_texts(2000, seed=1, huge=5000)
+    rows = renderer.responses_tokens(texts)
+    for text, row in zip(texts, rows, strict=True):
+        if isinstance(row, list):
+            encoded = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert row == [*encoded, renderer.end_token_id]
+        else:
+            with pytest.raises(RowRefusedError) as caught:
+                renderer.response_tokens(text)
+            assert (caught.value.reason, caught.value.detail) == (row.reason, row.detail)
+
+
 def test_a_batch_of_texts_is_what_each_decodes_to_alone(tiny_model_dir: Path) -> None:
     renderer = make_renderer(tiny_model_dir, ChatConfig())
     random_ = random.Random(0)
