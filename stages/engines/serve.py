@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -89,6 +90,13 @@ def _make_backend(kind: str) -> Backend:
     return TransformersBackend()
 
 
+def _end() -> NoReturn:
+    """End this process, and with it those that it started, as far as they are of its group."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
 class _Server:
     def __init__(self, connection: Connection, kind: str) -> None:
         self._connection = connection
@@ -118,7 +126,7 @@ class _Server:
                 if not isinstance(error, SpinError):
                     text = text[:1000]
                 self._send(["failed", phase, type(error).__name__, text])
-        os._exit(1)
+        _end()
 
     def _read(self, parent: int) -> None:
         # In a thread, so that the other side's sending never waits for a step of ours, and that
@@ -127,10 +135,10 @@ class _Server:
             while True:
                 while not self._connection.poll(1.0):
                     if os.getppid() != parent:
-                        os._exit(1)
+                        _end()
                 self._inbox.put(json.loads(self._connection.recv_bytes()))
         except (EOFError, OSError):
-            os._exit(1)
+            _end()
 
     def _send(self, message: list[Any]) -> None:
         self._connection.send_bytes(json.dumps(message).encode())
