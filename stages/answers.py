@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +36,8 @@ from stages.progress import Progress, progress
 WAIT_S = 1.0
 """Between two looks at shards that other workers hold."""
 POLL_S = 0.05
+MOST_WRITING = 2
+"""Shards that are complete and not on the disk yet."""
 SAMPLE_CHARS = 300
 BARS = "▁▂▃▄▅▆▇█"
 _NUM_BINS = 12
@@ -178,13 +181,13 @@ def answer_all(
         progress("generate", total=asked.num_rows, unit="rows") as bar,
         _Interruption() as interruption,
     ):
-        desk = _Desk(space, asked, renderer, claims, bar, interruption, show_samples_every_s)
-        if desk.wait():
-            with open_engine() as engine:
-                while desk.wait():
-                    for answer in engine.generate(desk.requests(), sampling):
-                        desk.settle(answer)
-                    desk.check_settled()
+        with _Desk(space, asked, renderer, claims, bar, interruption, show_samples_every_s) as desk:
+            if desk.wait():
+                with open_engine() as engine:
+                    while desk.wait():
+                        for answer in engine.generate(desk.requests(), sampling):
+                            desk.settle(answer)
+                        desk.check_settled()
         interruption.leave()
 
 
@@ -208,6 +211,9 @@ class _Desk:
         self._claimed = deque[int]()
         """Shards that we hold and have not begun."""
         self._in_flight = dict[str, tuple[OpenShard, int]]()
+        # In a thread: while a disk flushes, the engine must not wait for its next request.
+        self._writer = ThreadPoolExecutor(1, "shards")
+        self._writing = deque[Future[None]]()
         self._tally = _Tally()
         self._show_every_s, self._shown_s = show_samples_every_s, time.monotonic()
         bar.note(self._tally.line)
@@ -237,13 +243,26 @@ class _Desk:
         shard.take(row, answer)
         self._tally.count(answer)
         if not shard.missing:
-            self._write(shard)
+            self._await_writes(MOST_WRITING - 1)
+            self._writing.append(self._writer.submit(self._write, shard))
         self._bar.advance(1, len(answer.token_ids))
         self._show(shard, row, answer)
 
     def check_settled(self) -> None:
-        """Check that the engine answered all it was asked."""
+        """Check that the engine answered all it was asked, and that all of it is on the disk."""
         assert not self._in_flight, f"{len(self._in_flight)} requests were not answered"
+        self._await_writes(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.shutdown()  # what is complete is kept, whatever happened
 
     def _claim(self) -> bool:
         """Claim the first shard that is neither done nor somebody else's."""
@@ -267,6 +286,11 @@ class _Desk:
         if done:
             self._bar.skip(self._asked.rows_of(number))
         return done
+
+    def _await_writes(self, most: int) -> None:
+        """Wait until at most so many shards are being written; raise what the disk refused."""
+        while len(self._writing) > most:
+            self._writing.popleft().result()
 
     def _write(self, shard: OpenShard) -> None:
         name = self._asked.name(shard.number)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,9 @@ from stages.engines.base import Engine, Sampling
 from stages.engines.prompts import askable_batch, model_room, model_vocab_size
 from stages.errors import CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
+
+if TYPE_CHECKING:
+    from stages.model.parity import ParityReport
 
 FORMAT_VERSION = 1
 RENDERED_NAME = f"{ASIDE}/prompts.parquet"
@@ -140,12 +144,15 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
     _answer(space, asked, work)
     dropped = _dropped(space.path / DROPPED_NAME)
     parts = [asked.name(number) for number in range(asked.num_shards)]
-    counts, metrics, info, tokens = _summary([space.path / name for name in parts])
+    shards = [space.path / name for name in parts]
+    counts, metrics, info, tokens = _summary(shards)
+    parity = _check_parity(shards, work)
     return Outcome(
         counts={"prompts": asked.num_prompts, **counts, **dropped},
-        metrics=metrics,
+        metrics={**metrics, **(parity.metrics() if parity else {})},
         info={
             **info,
+            "parity": parity.info() if parity else None,
             "engine": work.generate.engine.name,
             "longest_prompt": asked.longest,
             "max_model_len": _max_model_len(asked, work),
@@ -288,6 +295,39 @@ def _answer(space: Workspace, asked: Asked, work: _Work) -> None:
     answer_all(
         space, asked, work.renderer, sampling, open_engine, work.generate.show_samples_every_s
     )
+
+
+def _check_parity(shards: Sequence[Path], work: _Work) -> "ParityReport | None":
+    """Compute some of the answers' log-probabilities again; see `check_parity`."""
+    config = work.generate.parity
+    if not config.rows:
+        return None
+    from stages.model.parity import check_parity, draw_rows  # torch, which vLLM needs not here
+
+    base = work.model.base
+    return check_parity(
+        work.model.verified(),
+        draw_rows(shards, config.rows, f"parity/{work.config.seed}/{work.iteration}"),
+        config,
+        work.generate.engine,
+        forward=work.config.score,
+        pad_token_id=work.renderer.pad_token_id,
+        where=str(shards[0].parent),
+        sampling=work.generate,
+        rendered=lambda prompt_id: _rendered_anew(prompt_id, work),
+        others={"the adapter's base": base.path} if base else {},
+    )
+
+
+def _rendered_anew(prompt_id: str, work: _Work) -> list[int]:
+    for batch in read_batches(
+        work.data.files("train-"), PROMPTS, columns=["prompt_id", "messages"]
+    ):
+        at = pc.index(batch["prompt_id"], prompt_id).as_py()
+        if at >= 0:
+            [messages] = conversations(batch["messages"].slice(at, 1))
+            return work.renderer.prompt_tokens(messages)
+    raise AssertionError(f"prompt {prompt_id} was answered, so the data has it")
 
 
 def _dropped(path: Path) -> dict[str, int]:

@@ -18,7 +18,7 @@ from stages.artifacts.tables import Row
 from stages.config import RunConfig
 from stages.data.chat import TextCoder, make_renderer
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS
-from stages.errors import ConfigError, CorruptError, InputError
+from stages.errors import ConfigError, CorruptError, DivergedError, InputError
 from stages.generate import GenerateInputs
 from tests.artifact_tools import hashes
 from tests.fakes import WINDOW, FakeEngine
@@ -53,7 +53,8 @@ def questions(count: int) -> list[str]:
 
 
 def config(seed: int = 3, **settings: Any) -> RunConfig:
-    settings = {"max_new_tokens": 12, "shard_rows": 16} | settings
+    # The fake engine's log-probabilities are no model's.
+    settings = {"max_new_tokens": 12, "shard_rows": 16, "parity": {"rows": 0}} | settings
     return RunConfig.model_validate({"seed": seed, "generate": settings})
 
 
@@ -80,7 +81,7 @@ def dropped_of(out: Path) -> list[Row]:
 
 def test_real_answers_of_a_real_model(tiny_model_dir: Path, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", questions(20))
-    settings = config(engine={"batch_size": 8}, num_samples=2)
+    settings = config(engine={"batch_size": 8}, num_samples=2, parity={"rows": 9})
     inputs = GenerateInputs(model=str(tiny_model_dir), data=data, iteration=4)
     manifest = generate.run(settings, inputs, tmp_path / "out")
     renderer = make_renderer(tiny_model_dir, settings.chat)
@@ -102,6 +103,8 @@ def test_real_answers_of_a_real_model(tiny_model_dir: Path, tmp_path: Path) -> N
     assert manifest.counts["rows"] == 40
     assert manifest.info["max_model_len"] == longest + 12
     assert manifest.info["longest_prompt"] == longest
+    assert manifest.info["parity"]["rows"] == 9
+    assert 0 < manifest.metrics["parity_mean"] <= manifest.metrics["parity_worst"] < 1e-4
 
 
 def test_a_greedy_batch_changes_no_answer(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -132,6 +135,17 @@ def test_counts_and_metrics_are_those_of_the_rows(tiny_model_dir: Path, tmp_path
     assert manifest.metrics["mean_response_tokens"] == sum(lengths) / 50
     assert manifest.metrics["cut_off_share"] == cut_off / 50
     assert manifest.metrics["mean_token_logprob"] == pytest.approx(sum(logprobs) / len(logprobs))
+
+
+def test_an_engine_that_ran_another_model_fails_the_stage(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    data = make_data(tmp_path / "data", questions(20))
+    with pytest.raises(DivergedError, match="likely cause: wrong weights"):
+        run(tiny_model_dir, data, tmp_path / "out", config(parity={"rows": 8}))
+    assert not (tmp_path / "out").exists()
+    made = run(tiny_model_dir, data, tmp_path / "out", config())
+    assert (made.info["parity"], made.counts["rows"]) == (None, 20)
 
 
 def test_bad_prompts_are_quarantined_and_the_rest_completes(
@@ -285,7 +299,12 @@ def test_resume_after_kill_equals_uninterrupted(tiny_model_dir: Path, tmp_path: 
     count, shard_rows, samples = 1500, 64, 2
     total = count * samples
     data = make_data(tmp_path / "data", questions(count))
-    job = {"generate": {"max_new_tokens": 12, "shard_rows": shard_rows, "num_samples": samples}}
+    job = {
+        "generate": {
+            "max_new_tokens": 12, "shard_rows": shard_rows, "num_samples": samples,
+            "parity": {"rows": 0},
+        }
+    }  # fmt: skip
     script = textwrap.dedent(
         """
         import json, sys

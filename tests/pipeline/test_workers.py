@@ -75,6 +75,7 @@ class Workers:
     ) -> Worker:
         generate = {
             "max_new_tokens": 12, "num_samples": SAMPLES, "shard_rows": SHARD_ROWS, "join": True,
+            "parity": {"rows": 0},
         } | settings  # fmt: skip
         name = f"{self.out.name}-{len(self.started)}"
         log, answers = self.out.parent / f"{name}.log", self.out.parent / f"{name}.answered"
