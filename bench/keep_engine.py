@@ -1,0 +1,129 @@
+"""Short iterations with vLLM: what `spin run --keep-engine` saves.
+
+    python bench/keep_engine.py --json bench/results/keep_engine.json
+
+Plays the same small run with and without the flag, 64 prompts and one optimizer step an iteration,
+prints seconds an iteration, and checks that both gave the same answers. Other settings, such as
+`generate.engine.name=transformers`, may follow.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import pyarrow.parquet as pq
+from _report import commit, hardware, write
+
+from stages.artifacts import read_manifest
+from stages.layout import RunLayout
+
+RECIPE = """
+name: keep-engine
+chat: {template: plain}
+prepare:
+  format: word_sums
+  word_sums: {num_examples: 2000}
+  heldout_size: 64
+sft:
+  init: random
+  architecture: {num_layers: 4, hidden_size: 128, intermediate_size: 256, num_heads: 4}
+  learning_rate: 2.0e-3
+  batch_size: 32
+  epochs: 4
+  precision: fp32
+generate:
+  max_new_tokens: 64
+  max_prompts: 64
+  engine: {name: vllm, dtype: float32}
+reward: {name: gsm8k}
+pair: {drop_cut_off: false}
+score: {precision: fp32}
+train: {learning_rate: 1.0e-4, batch_size: 64, precision: fp32}
+evaluate: {max_new_tokens: 64, precision: fp32}
+promote: {metric: heldout_reward_accuracy, min_value: 0.0}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments, overrides = parser.parse_known_args()
+    with TemporaryDirectory(prefix="keep-engine-") as folder:
+        recipe = Path(folder, "recipe.yaml")
+        recipe.write_text(RECIPE)
+        arms = {
+            name: play(recipe, Path(folder, name), flags, arguments.iterations, overrides)
+            for name, flags in {"cold": [], "kept": ["--keep-engine"]}.items()
+        }
+        same = same_answers(Path(folder, "cold"), Path(folder, "kept"), arguments.iterations)
+    show(arms, same)
+    report = {
+        "hardware": hardware(),
+        "commit": commit(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "overrides": overrides,
+        "arms": arms,
+        "same_tokens_share": same,
+    }
+    write(report, arguments.json)
+
+
+def play(
+    recipe: Path, run: Path, flags: list[str], iterations: int, overrides: list[str]
+) -> dict[str, Any]:
+    """Run the loop once; return seconds, those of an iteration from gate to gate."""
+    command = [sys.executable, "-m", "spin_cli", "run", str(recipe), "--run", str(run)]
+    command += ["--iterations", str(iterations), "--quiet", *flags, *overrides]
+    started = time.monotonic()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    total = time.monotonic() - started
+    layout = RunLayout(run)
+    steps = [read_manifest(layout.stage(t, "train")).counts["steps"] for t in range(iterations)]
+    gates = [layout.start_evaluation, *(layout.stage(t, "promote") for t in range(iterations))]
+    ends = [(gate / "manifest.json").stat().st_mtime for gate in gates]
+    seconds = [round(end - begin, 2) for begin, end in itertools.pairwise(ends)]
+    return {
+        "total_seconds": round(total, 2),
+        "seconds_an_iteration": seconds,
+        "mean_seconds_an_iteration": round(sum(seconds) / len(seconds), 2),
+        "optimizer_steps": steps,
+    }
+
+
+def same_answers(one: Path, other: Path, iterations: int) -> float:
+    """Return the share of all generated rows whose tokens are the same in both runs."""
+    answers = [tokens(run, iterations) for run in (one, other)]
+    assert answers[0].keys() == answers[1].keys()
+    equal = sum(answers[0][name] == answers[1][name] for name in answers[0])
+    return round(equal / len(answers[0]), 4)
+
+
+def tokens(run: Path, iterations: int) -> dict[tuple[int, str], list[int]]:
+    return {
+        (iteration, row["prompt_id"]): row["response_token_ids"]
+        for iteration in range(iterations)
+        for file in RunLayout(run).stage(iteration, "generate").glob("part-*.parquet")
+        for row in pq.read_table(file).to_pylist()
+    }
+
+
+def show(arms: dict[str, dict[str, Any]], same: float) -> None:
+    for name, arm in arms.items():
+        each = "  ".join(f"{seconds:6.1f}" for seconds in arm["seconds_an_iteration"])
+        print(f"{name:>5}: {each}  mean {arm['mean_seconds_an_iteration']:6.1f} s an iteration, "
+              f"{arm['total_seconds']:.1f} s in all")  # fmt: skip
+    ratio = arms["cold"]["mean_seconds_an_iteration"] / arms["kept"]["mean_seconds_an_iteration"]
+    print(f"kept iterations are {ratio:.2f} times as fast; {100 * same:.1f}% of the rows are equal")
+
+
+if __name__ == "__main__":
+    main()
