@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from stages.engines import process
 from stages.engines.base import Completion, Request, Sampling
-from stages.engines.places import Place
+from stages.engines.places import Place, release_gpu_memory
 from stages.engines.process import Kind, Process
 from stages.errors import DivergedError, EngineError
 
@@ -61,6 +61,7 @@ class Fleet:
         """Requests of processes that died, to be given to others."""
         self._is_open = True
         self._processes: list[Process] = []
+        release_gpu_memory()
         try:
             for place in places:
                 self._processes.append(Process(kind, place, environment))
@@ -132,6 +133,7 @@ class Fleet:
         """See `KeptEngine.wake`."""
         how = {"model_dir": str(model_dir), "max_model_len": max_model_len, "reload": reload}
         self._model_dir, self._max_model_len = model_dir, max_model_len
+        release_gpu_memory()
         self._each(lambda child: child.send(["wake", how]))
         self._ask_all("awake", START_TIMEOUT_S)
 

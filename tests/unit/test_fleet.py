@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +181,44 @@ def test_an_error_that_a_user_can_mend_ends_the_start_at_once(tmp_path: Path) ->
         if f"\nPPid:\t{os.getpid()}\n" in (path / "status").read_text()
     ]  # fmt: skip
     assert not children
+
+
+LEFT_BEHIND = """if True:
+    import sys
+    from pathlib import Path
+    from stages.config import EngineConfig
+    from stages.engines import Keeper, open_engine
+    from stages.engines.base import Request, Sampling
+
+    config = EngineConfig(batch_size=4, processes=2)
+    with Keeper(open_engine) as keeper:
+        engine = keeper.open(config, Path(sys.argv[1]), max_model_len=500, pad_token_id=2)
+        answers = engine.generate(
+            (Request(str(i), [5, 6], i) for i in range(10**9)), Sampling(1.0, 1.0, 0, 400, ())
+        )
+        print(*keeper._engine.pids, flush=True)
+        for _ in answers:
+            pass
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_engine_outlives_the_command(tiny_model_dir: Path, how: signal.Signals) -> None:
+    root = Path(__file__).parents[2]
+    words = [sys.executable, "-c", LEFT_BEHIND, str(tiny_model_dir)]
+    with subprocess.Popen(
+        words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as command:
+        assert command.stdout is not None
+        pids = [int(word) for word in command.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(is_running, pids))
+        command.send_signal(how)
+        assert command.wait(30) != 0
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, "an engine goes on"
+        time.sleep(0.1)
 
 
 # places
