@@ -1,6 +1,8 @@
 """Where engines run side by side on one machine: which GPUs, or which cores, each has."""
 
+import gc
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,25 @@ class Place:
     """The logical CPUs that it may run on; none: all of ours."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of its own."""
+
+
+def engines_on(gpus: int, gpus_each: int, engine: str) -> int:
+    """Return how many engines so many GPUs hold: of this machine, or of Ray's cluster.
+
+    Raises:
+        ConfigError: they are not on this machine, or do not divide.
+    """
+    found = gpus if engine == "ray" else _count_gpus()
+    if found < gpus:
+        raise ConfigError(
+            f"engine.gpus={gpus}: this machine has {found or 'no'} GPUs to use; lower it, or set "
+            "engine.processes for engines on a CPU"
+        )
+    if gpus % gpus_each:
+        raise ConfigError(
+            f"engine.gpus={gpus} is no multiple of tensor_parallel_size={gpus_each}; correct one"
+        )
+    return gpus // gpus_each
 
 
 def divide_gpus(engine: str, processes: int, gpus_each: int) -> list[Place]:
@@ -61,6 +82,14 @@ def divide_cores(processes: int) -> list[Place]:
         cpus = tuple(sorted(cpu for core in mine for cpu in core)) if enough else ()
         places.append(Place(cpus, environment))
     return places
+
+
+def release_gpu_memory() -> None:
+    """Give back what torch in our own process keeps for reuse: engines look for free memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _cores() -> list[list[int]]:
