@@ -141,6 +141,7 @@ def sft(
 
 @app.command(
     epilog=_example("spin generate --model M --prompts data --out generations",
+                    "spin generate --model M --data data --out g --gpus 8 --join",
                     "spin generate --model M --data data --out g generate.temperature=0.7")
 )  # fmt: skip
 def generate(
@@ -151,15 +152,43 @@ def generate(
     config: Config = None,
     iteration: Iteration = 0,
     overrides: Overrides = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="Run so many engines side by side."),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="Use so many GPUs of this machine, an engine each."),
+    ] = None,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Where others are making it already, here or on a machine "
+                     "that shares the folder, help them; each worker takes shards."),
+    ] = False,
+    show_samples: Annotated[
+        bool, typer.Option("--show-samples", help="Show an answer every 30 seconds.")
+    ] = False,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:
-    """Let the opponent answer every prompt; one row a sample."""
+) -> None:  # fmt: skip
+    """Let the opponent answer every prompt; one row a sample.
+
+    Ctrl-C once finishes the open shards, twice stops at once; either can be gone on from.
+    """
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, overrides)
+    if processes is not None and gpus is not None:
+        raise typer.BadParameter("give either --processes N or --gpus N")
+    chosen = {
+        "engine.processes": processes,
+        "engine.gpus": gpus,
+        "join": "true" if join else None,
+        "show_samples_every_s": 30 if show_samples else None,
+    }
+    words = [f"generate.{name}={value}" for name, value in chosen.items() if value is not None]
+    recipe = _recipe(config, [*(overrides or []), *words])
     options = {**_model(recipe, iteration, model, revision), "data": str(data)}
     _execute(Step("generate", out, iteration, options), recipe, no_verify)
 

@@ -297,6 +297,8 @@ class EngineConfig(_Section):
     processes: Count = _place(1)
     """Engines side by side on this machine, each on tensor_parallel_size GPUs of its own; on a
     CPU they share the cores. ray: workers in the cluster."""
+    gpus: Count | None = _place(None)
+    """GPUs to use; set, it replaces `processes`: an engine for every tensor_parallel_size."""
     extra: dict[str, JsonValue] = {}
     """Further vLLM engine arguments by its own names, lists and maps too; checked by their types
     before the engine starts."""
@@ -325,7 +327,7 @@ class GenerateConfig(SamplingConfig):
     """Answer only this many prompts, drawn by seed and iteration; None answers all."""
     shard_rows: Count | None = _place(None)
     """Rows a shard: what a kill can cost at most, and what one worker takes at a time. None: a
-    64th of all, but 64 at least and 2,048 at most."""
+    32nd of all, but 128 at least and 2,048 at most."""
     join: bool = _place(False)
     """Where another process is answering these prompts for the same place, help it."""
     show_samples_every_s: Positive | None = _place(None)

@@ -47,8 +47,8 @@ FORMAT_VERSION = 1
 RENDERED_NAME = f"{ASIDE}/prompts.parquet"
 DROPPED_NAME = "dropped.parquet"
 MOST_SHARD_ROWS = 2048
-LEAST_SHARD_ROWS = 64
-WANTED_SHARDS = 64
+LEAST_SHARD_ROWS = 128
+WANTED_SHARDS = 32
 """Enough for many workers to share; the number of workers itself must not decide the shards."""
 
 

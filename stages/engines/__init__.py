@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from stages.config import EngineConfig
 from stages.engines.base import Engine
 from stages.engines.keeper import Keeper
+from stages.engines.places import engines_on
 from stages.model.base import is_adapter
 
 __all__ = ["Keeper", "OpenEngine", "open_engine", "running"]
@@ -34,6 +35,9 @@ def open_engine(
         ConfigError: a setting that the engine refuses, or too few GPUs.
         EngineError: its process died.
     """
+    if config.gpus is not None:
+        processes = engines_on(config.gpus, config.tensor_parallel_size, config.name)
+        config = config.model_copy(update={"processes": processes, "gpus": None})
     if config.name == "vllm":
         from stages.engines.vllm import VllmEngine
 

@@ -137,6 +137,19 @@ def test_counts_and_metrics_are_those_of_the_rows(tiny_model_dir: Path, tmp_path
     assert manifest.metrics["mean_token_logprob"] == pytest.approx(sum(logprobs) / len(logprobs))
 
 
+def test_engines_side_by_side_make_the_same_artifact(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", questions(60))
+    inputs = GenerateInputs(model=str(tiny_model_dir), data=data)
+    made = {
+        count: generate.run(
+            config(engine={"batch_size": 8, "processes": count}), inputs, tmp_path / str(count)
+        )
+        for count in (1, 2)
+    }
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
+    assert made[1].key == made[2].key
+
+
 def test_an_engine_that_ran_another_model_fails_the_stage(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
