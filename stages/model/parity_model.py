@@ -4,6 +4,7 @@ Shape legend: N = tokens of an answer, V = vocabulary, K = tokens kept by top-k.
 """
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -53,6 +54,12 @@ class ParityModel:
             found.add(model.generation_config.bos_token_id)
         return {token for token in found if isinstance(token, int)}
 
+    @property
+    def max_positions(self) -> float:
+        """The longest prompt and response together that the model has positions for."""
+        found: float = getattr(self._forward.model.config, "max_position_embeddings", math.inf)
+        return found
+
     def logprobs(self, rows: Sequence[Answered], precision: Precision) -> Logprobs:
         """Return the log-probabilities of the response tokens at temperature 1.
 
@@ -84,6 +91,7 @@ class ParityModel:
         """
         for parameter in self._forward.model.parameters():  # buffers stay, as in `load_model`
             parameter.data = parameter.data.to(torch.bfloat16)
+        self._is_checked = True  # as far as it can be: ways differ by more than fp32 may
 
     @torch.inference_mode()
     def logits(self, row: Answered, most: int, precision: Precision) -> Tensor:

@@ -19,6 +19,7 @@ from stages.data.rows import GENERATIONS
 from stages.engines.base import Request, Sampling
 from stages.engines.transformers import TransformersEngine
 from stages.errors import DivergedError
+from stages.model import parity, parity_model
 from stages.model.load import load_model
 from stages.model.parity import ParityReport, bounded, check_parity, draw_rows
 from stages.model.parity_gap import Answered, measure
@@ -265,6 +266,23 @@ CAUSES: dict[str, tuple[str, Corrupt]] = {
             {"rendered": lambda name: SYSTEM[int(name[1:])]},
         ),
     ),
+    "template without its end": (
+        r"template: all rows hold answers to prompts without their last 3 tokens, .* \[7, 8, 9]",
+        lambda m, _: (with_prompts(answered(m, prompts()), [[*p, 7, 8, 9] for p in prompts()]), {}),
+    ),
+    "template without its end's end": (
+        r"template: all rows hold answers to prompts without their last 1 tokens, such as \[9]",
+        lambda m, _: (
+            with_prompts(
+                answered(m, [[*p, 7, 8] for p in prompts()]), [[*p, 7, 8, 9] for p in prompts()]
+            ),
+            {},
+        ),
+    ),
+    "template without its beginning": (
+        r"template: all rows hold answers to prompts without the 25 tokens that all",
+        lambda m, _: (with_prompts(answered(m, WITHOUT), SYSTEM), {}),
+    ),
     "off by one": (
         r"off by one: all rows hold the log-probabilities of the tokens before their own",
         lambda m, _: (shifted(answered(m, prompts()), 1), {}),
@@ -274,7 +292,7 @@ CAUSES: dict[str, tuple[str, Corrupt]] = {
         lambda m, _: (shifted(answered(m, prompts()), -1), {}),
     ),
     "another model": (
-        r"wrong weights: the differences are large everywhere",
+        r"wrong weights: the differences are everywhere",
         lambda _, other: (answered(other, prompts()), {}),
     ),
     "a known model": (
@@ -459,3 +477,40 @@ def test_the_tokens_of_a_sample_are_bounded() -> None:
     assert list(bounded([], 5)) == []
     long = Answered("b", 0, [1] * 100, [2], [-1.0])
     assert [row.name for row in bounded([rows[0], long, rows[1]], 75)] == ["a/0", "a/1"]
+
+
+def test_a_recipe_that_tolerates_less_than_rounding_is_told(model_dir: Path) -> None:
+    tight = ParityConfig(mean_tolerance=1e-9)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(DivergedError, match="cause: rounding: .* tolerance is too small"):
+            check(model_dir, answered(model_dir, prompts(), dtype), dtype=dtype, config=tight)
+
+
+def test_weights_that_are_almost_the_same_are_told_from_rounding(
+    model_dir: Path, tmp_path: Path, healthy: list[Answered]
+) -> None:
+    model = load_model(model_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 + 2e-4
+    model.save_pretrained(tmp_path)
+    with pytest.raises(DivergedError, match="wrong weights: the differences are everywhere"):
+        check(tmp_path, healthy)
+    with pytest.raises(DivergedError, match="wrong weights: all rows hold answers of the opponent"):
+        check(tmp_path, healthy, others={"the opponent": model_dir})
+
+
+def test_a_model_too_large_for_the_gpu_is_checked_on_the_cpu(
+    model_dir: Path, healthy: list[Answered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: Any) -> Any:
+        if args[-1].type == "cuda":
+            raise torch.OutOfMemoryError
+        return parity_model.loaded(*args)
+
+    monkeypatch.setattr(parity, "best_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(parity, "loaded", loaded)
+    monkeypatch.setattr(parity, "CPU_TOKENS", 200)
+    report = check(model_dir, healthy, dtype="auto")
+    assert report.precision == "bf16", "auto is what it is on the GPU"
+    assert 0 < report.gap.tokens < 200
