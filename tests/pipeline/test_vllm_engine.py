@@ -281,6 +281,8 @@ def test_two_kept_engines_answer_as_a_cold_one_for_each_model(
     cold = by_id(engine.generate(requests, DRAWN))
     kept = open_engine(model_dir, processes=2, keep=True)
     engines.append(kept)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not set.intersection(*map(os.sched_getaffinity, kept.pids)), "cores of their own"
     assert_same(by_id(kept.generate(requests, DRAWN)), cold)
 
     assert kept.can_wake(other_dir, max_model_len=MAX_MODEL_LEN)

@@ -1,0 +1,152 @@
+"""What the recipe's `engine` says, and what vLLM is then started with; no engine runs here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.config import EngineConfig, load_recipe
+from stages.engines import open_engine
+from stages.engines import vllm as engine_vllm
+from stages.engines.fleet import Fleet
+from stages.engines.vllm import CPU_KV_CACHE_BYTES, VllmEngine, architecture
+from stages.errors import ConfigError, InputError
+
+
+@pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
+def started(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Any]]:
+    """What engines were started with, on a machine of each kind."""
+    calls: list[dict[str, Any]] = []
+
+    def start(
+        self: Fleet, kind: Any, arguments: Any, places: Any, environment: Any, **more: Any
+    ) -> None:
+        calls.append({**arguments["arguments"], "extra": arguments["extra"], "places": places})
+        self._max_model_len, self._is_open, self._processes = more["max_model_len"], True, []
+
+    monkeypatch.setattr(Fleet, "__init__", start)
+    monkeypatch.setattr(engine_vllm, "find_spec", lambda _: object())
+    monkeypatch.setattr(engine_vllm, "is_cpu_build", lambda: request.param)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    return calls
+
+
+def start(model_dir: Path, **settings: Any) -> None:
+    config = EngineConfig(name="vllm", **settings)
+    open_engine(config, model_dir, max_model_len=64, pad_token_id=0)
+
+
+def test_each_key_reaches_vllm_and_an_unset_one_is_left_to_it(
+    started: list[dict[str, Any]], tiny_model_dir: Path
+) -> None:
+    chosen = {
+        "quantization": "fp8",
+        "enable_prefix_caching": False,
+        "max_num_seqs": 7,
+        "max_num_batched_tokens": 99,
+        "gpu_memory_utilization": 0.5,
+        "tensor_parallel_size": 2,
+        "enforce_eager": True,
+        "dtype": "bfloat16",
+    }
+    extra = {"hf_overrides": {"rope": [1, {"a": None}]}, "kv_cache_memory_bytes": 5}
+    start(tiny_model_dir)
+    start(tiny_model_dir, **chosen, extra=extra, processes=2)
+    default, full = started
+    unset = {"quantization", "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens"}
+    assert not unset & default.keys()
+    assert {name: full[name] for name in chosen} == chosen
+    assert full["extra"] == extra
+    assert (len(default["places"]), len(full["places"])) == (1, 2)
+    on_cpu = engine_vllm.is_cpu_build()
+    devices = [place.environment.get("CUDA_VISIBLE_DEVICES") for place in full["places"]]
+    assert devices == ([None, None] if on_cpu else ["0,1", "2,3"])
+    assert default.get("kv_cache_memory_bytes") == (CPU_KV_CACHE_BYTES if on_cpu else None)
+    assert "kv_cache_memory_bytes" not in full, "said in extra"
+    assert default["enable_sleep_mode"] is False
+
+
+def test_only_a_kept_engine_on_a_gpu_pays_for_sleep_mode(
+    started: list[dict[str, Any]], tiny_model_dir: Path
+) -> None:
+    VllmEngine(tiny_model_dir, dtype="auto", max_model_len=8, extra={}, keep=True)
+    assert started[0]["enable_sleep_mode"] is not engine_vllm.is_cpu_build()
+
+
+def test_weights_are_exchanged_only_where_that_is_known_to_work(
+    started: list[dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    def engine(**settings: Any) -> VllmEngine:
+        how = {"dtype": "auto", "max_model_len": 64, "extra": {}, "keep": True, **settings}
+        return VllmEngine(tiny_model_dir, **how)
+
+    kept = engine()
+    assert kept.can_wake(tiny_model_dir, max_model_len=64)
+    assert not kept.can_wake(tiny_model_dir, max_model_len=65)
+    assert not kept.can_wake(tmp_path, max_model_len=64), "no model"
+    assert not engine(quantization="fp8").can_wake(tiny_model_dir, max_model_len=64)
+    compiled = engine(enforce_eager=False)
+    assert compiled.can_wake(tiny_model_dir, max_model_len=64) is not engine_vllm.is_cpu_build()
+
+
+def test_models_of_another_architecture_are_told_apart(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    def changed(name: str, **values: Any) -> object:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = json.loads((tiny_model_dir / "config.json").read_text()) | values
+        (folder / "config.json").write_text(json.dumps(config))
+        for file in tiny_model_dir.glob("*.safetensors"):
+            (folder / file.name).symlink_to(file)
+        return architecture(folder)
+
+    mine = architecture(tiny_model_dir)
+    assert mine is not None
+    assert changed("same", transformers_version="0", dtype="float64") == mine
+    assert changed("other", rms_norm_eps=1e-3) != mine
+    assert changed("longrope", rope_parameters={"rope_type": "longrope"}) is None
+    assert changed("quantized", quantization_config={"bits": 4}) is None
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((tiny_model_dir / "config.json").read_text())
+    assert architecture(bare) != mine, "other weights than those"
+
+
+def test_keys_that_only_change_speed_stay_out_of_the_identity() -> None:
+    plain = EngineConfig(name="vllm")
+    quick = EngineConfig(
+        name="vllm", processes=4, max_num_seqs=9, max_num_batched_tokens=99,
+        enable_prefix_caching=True,
+    )  # fmt: skip
+    assert quick.identity() == plain.identity()
+    assert EngineConfig(quantization="fp8").identity() != EngineConfig().identity()
+    extra = {"compilation_config": {"cudagraph_capture_sizes": [1, 2]}, "seed": 3}
+    assert json.loads(json.dumps(EngineConfig(extra=extra).identity()))["extra"] == extra
+
+
+def test_a_recipe_and_an_override_can_nest_lists_and_maps(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("generate: {engine: {extra: {a: {b: [1, {c: null}]}}}}")
+    words = ["generate.engine.extra.sizes=[1, 2]", "generate.engine.extra.a.d=x"]
+    extra = load_recipe(recipe, words).for_iteration().generate.engine.extra
+    assert extra == {"a": {"b": [1, {"c": None}], "d": "x"}, "sizes": [1, 2]}
+    with pytest.raises(ConfigError, match=r"generate\.engine\.extra"):
+        load_recipe(None, ["generate.engine.extra=[1]"])
+    with pytest.raises(ConfigError, match="processes=0"):
+        load_recipe(None, ["generate.engine.processes=0"])
+
+
+def test_too_few_gpus_are_told_before_anything_starts(
+    started: list[dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    if not engine_vllm.is_cpu_build():
+        with pytest.raises(ConfigError, match="need 6 GPUs, and 4 are visible"):
+            start(tiny_model_dir, processes=3, tensor_parallel_size=2)
+    with pytest.raises(InputError, match="has no config"):
+        start(tmp_path)
+    assert not started
