@@ -34,7 +34,11 @@ class CorruptError(SpinError):
 
 
 class DivergedError(SpinError):
-    """Training met NaN or Inf, failed its start-up check, or a collapse alarm stopped it."""
+    """What should agree does not.
+
+    Training met NaN or Inf, failed its start-up check, or a collapse alarm stopped it; or an
+    engine's log-probabilities are not those of the model that will be trained.
+    """
 
     exit_code = 5
 
