@@ -47,6 +47,7 @@ NUM_HELPERS = 2  # tasks that prepare blocks at a time, and as many that take an
 MAX_TASK_RETRIES = 3  # Ray's own default is without end, also for what kills every worker
 STALL_TIMEOUT_S = 3600  # without any answer; a worker may be starting again
 CHECK_TIMEOUT_S = 300
+CLOSE_TIMEOUT_S = 60
 WAIT_S = 0.1
 OBJECT_STORE_BYTES = 512 << 20  # of a cluster of our own; requests and answers are small
 
@@ -185,6 +186,8 @@ class RayBackend:
         self._num_sent = 0
         """Requests that Ray has, those of earlier calls too."""
         self._heard_at = 0.0
+        self._room = 0.0
+        """What the cluster had free before the workers."""
 
     def load_library(self) -> None:
         """Import Ray and vLLM."""
@@ -251,9 +254,13 @@ class RayBackend:
 
     def sleep(self) -> None:
         """End the workers, once they have answered what they have; the cluster stays."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._stream is None:
+            return
+        self._stream.close()
+        self._stream = None
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while _room() < self._room and time.monotonic() < deadline:
+            time.sleep(WAIT_S)
 
     def wake(self, arguments: Mapping[str, Any]) -> None:
         """Start workers anew, with another model."""
@@ -269,7 +276,7 @@ class RayBackend:
     def _open(self, model: str) -> None:
         """Start the workers, and wait until one of them answers."""
         _check_nodes(model)
-        self._num_sent = 0
+        self._num_sent, self._room = 0, _room()
         self._stream = stream = _Stream(
             self._arguments | {"model": model}, self._processes, is_cpu_build()
         )
@@ -506,7 +513,7 @@ def _connect(processes: int, folder: str) -> None:
     except ConnectionError as error:
         raise ConfigError(
             f"engine ray: no cluster answers at RAY_ADDRESS={address}: {_first_line(error)}; "
-            "start it, or unset RAY_ADDRESS"
+            "start it, unset RAY_ADDRESS, or set RAY_AUTH_MODE=token if it asks for one"
         ) from error
 
 
@@ -522,6 +529,13 @@ def _check_size(processes: int, gpus_each: int) -> None:
             f"engine ray: processes={processes}{of} need {processes * each} {what}s, and the "
             f"cluster has {found}; lower engine.processes or add nodes"
         )
+
+
+def _room() -> float:
+    """Return the free GPUs of the cluster, or its CPUs where these do the work."""
+    import ray
+
+    return float(ray.available_resources().get("CPU" if is_cpu_build() else "GPU", 0))
 
 
 def _check_nodes(model: str) -> None:
