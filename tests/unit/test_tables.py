@@ -34,6 +34,24 @@ def test_files_are_read_in_the_order_given(tmp_path: Path) -> None:
     assert ids == ["00000002", "00000003", "00000000", "00000001"]
 
 
+@pytest.mark.parametrize("batch_rows", [1, 3, 4, 9, 30])
+def test_row_groups_have_the_size_that_was_asked_for(tmp_path: Path, batch_rows: int) -> None:
+    """Whatever comes in which portions: rows, batches, or both by turns."""
+    rows = [{"prompt_id": f"{i:03d}", "value": i / 3} for i in range(30)]
+    with TableWriter(tmp_path / "a.parquet", SCHEMA, group_rows=4) as table:
+        for start in range(0, 30, batch_rows):
+            part = rows[start : start + batch_rows]
+            if start % 2:
+                table.extend(part)
+            else:
+                table.append_batch(pa.RecordBatch.from_pylist(part, schema=SCHEMA))
+    assert table.num_rows == 30
+    metadata = pq.read_metadata(tmp_path / "a.parquet")
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert sizes == [4] * 7 + [2]
+    assert list(read_rows([tmp_path / "a.parquet"], SCHEMA)) == rows
+
+
 def test_the_file_is_compressed_checksummed_and_in_bounded_row_groups(tmp_path: Path) -> None:
     write_table(tmp_path / "a", num_rows=2 * ROW_GROUP_ROWS + 1)
     metadata = pq.read_metadata(tmp_path / "a")
