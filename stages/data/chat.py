@@ -146,6 +146,11 @@ class Renderer:
     _neutral: dict[Shape, int | None] = field(default_factory=dict)
     """Number of special tokens that the template writes around messages of this shape."""
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest token id of the tokenizer."""
+        return len(self._is_special)
+
     def prompt_tokens(self, messages: Conversation) -> list[int]:
         """Return the token ids of a conversation up to where the response begins.
 
@@ -246,22 +251,19 @@ class Renderer:
         self, asked: _Asked, rendered: Sequence[Rendered], most_tokens: int | None
     ) -> list[list[int] | RowRefusedError]:
         """Return the tokens of the part's rows, and remember what its new shapes look like."""
-        texts: Iterable[str | RowRefusedError] = map(_refused, rendered)
+        texts = list(map(_refused, rendered))
         if most_tokens is not None:
             texts = _each(texts, lambda text: self._short_enough(text, most_tokens))
-        tokens = _all_at_once(list(texts), self._coder.encode)
+        tokens = _all_at_once(texts, self._coder.encode)
         counts = self._count_special([[] if isinstance(t, RowRefusedError) else t for t in tokens])
         num_good = len(asked.shapes)
         for shape, ids, count in zip(
-            asked.new_shapes, tokens[num_good:], counts[num_good:], strict=True
+            asked.new_shapes, tokens[num_good:], counts[num_good:].tolist(), strict=True
         ):
             # Not known for roles that the template refuses: their rows are refused by it too.
-            self._neutral[shape] = None if isinstance(ids, RowRefusedError) else int(count)
-        good = iter(zip(tokens[:num_good], asked.shapes, counts[:num_good], strict=True))
-        return [
-            row if isinstance(row, RowRefusedError) else self._finished(*next(good))
-            for row in asked.rows
-        ]
+            self._neutral[shape] = None if isinstance(ids, RowRefusedError) else count
+        good = iter(map(self._finished, tokens, asked.shapes, counts.tolist()))
+        return [row if isinstance(row, RowRefusedError) else next(good) for row in asked.rows]
 
     def _finished(
         self, tokens: list[int] | RowRefusedError, shape: Shape, count: int
@@ -271,12 +273,10 @@ class Renderer:
             return tokens
         expected = self._neutral[shape]
         if expected is not None and count != expected:
-            return _special_refused(int(count), expected)
+            return _special_refused(count, expected)
         bos = self.bos_token_id
-        if bos is not None:
-            leading = _leading(tokens, bos)
-            if leading != 1:
-                tokens[:leading] = [bos]
+        if bos is not None and (tokens[:1] != [bos] or tokens[1:2] == [bos]):
+            tokens[: _leading(tokens, bos)] = [bos]
         return tokens
 
     def _count_special(self, rows: Sequence[Sequence[int]]) -> "np.ndarray[Any, Any]":
@@ -305,7 +305,7 @@ class Renderer:
     def _check_messages(self, messages: Conversation) -> None:
         if not messages:
             raise RowRefusedError("empty_prompt", "there is no message")
-        size = sum(len(message["content"]) for message in messages)
+        size = _size(messages)
         if size > MOST_CHARACTERS:
             raise RowRefusedError(
                 "prompt_too_long", f"{size} characters, {MOST_CHARACTERS} at most are rendered"
@@ -317,10 +317,11 @@ class Renderer:
         return complete(messages, self.system, self.prompt_suffix)
 
     def _check_text(self, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RowRefusedError("malformed_text", "a lone surrogate in the text") from None
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise RowRefusedError("malformed_text", "a lone surrogate in the text") from None
         found = self._special.search(text)
         if found:
             raise RowRefusedError("special_token", f"{found.group()!r} stands in the text")
@@ -328,16 +329,20 @@ class Renderer:
 
 def complete(messages: Conversation, system: str | None, suffix: str) -> list[Message]:
     """Return a conversation with the recipe's system prompt and suffix."""
-    found = [dict(message) for message in messages]
+    found = list(messages)
     if system is not None and found[0]["role"] != "system":
         found.insert(0, {"role": "system", "content": system})
     if suffix:
-        found[-1]["content"] += suffix
-    return list(found)
+        found[-1] = {**found[-1], "content": found[-1]["content"] + suffix}
+    return found
+
+
+def _size(messages: Conversation) -> int:
+    return sum([len(message["content"]) for message in messages])
 
 
 def _shape(messages: Conversation) -> Shape:
-    return tuple((message["role"], bool(message["content"].strip())) for message in messages)
+    return tuple([(message["role"], bool(message["content"].strip())) for message in messages])
 
 
 def _leading(tokens: Sequence[int], bos: int) -> int:
@@ -358,7 +363,7 @@ def _special_refused(found: int, expected: int) -> RowRefusedError:
 
 def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
     """Yield them in parts that are bounded in number and in text."""
-    return _cut(conversations, lambda messages: sum(len(m["content"]) for m in messages))
+    return _cut(conversations, _size)
 
 
 def _bounded(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -5,7 +5,7 @@ process has limits on memory and on processor time that the kernel keeps, holds 
 imports nothing but jinja2. It reads batches from its standard input until that is closed.
 
 A message in either direction is its length (8 bytes, big-endian) and JSON in UTF-8.
-In:  {"template", "constants", "careful", "jobs": [[messages, add_generation_prompt], ...]}
+In:  {"template", "constants", "ask", "careful", "conversations": [[{"role", "content"}, ...], ...]}
 Out: lists of results, in order, as many lists as it likes: a text, or [is_spent, why] where there
      is none; `is_spent` tells a limit from an error.
 """
@@ -99,15 +99,16 @@ class Rows:
         self._compiled = lru_cache(maxsize=16)(self._compile)
         signal.signal(signal.SIGPROF, self._stop)
 
-    def render(self, template: str, constants: dict[str, str], job: list[Any]) -> Result:
+    def render(
+        self, template: str, constants: dict[str, str], ask: bool, messages: list[dict[str, str]]
+    ) -> Result:
         """Return the text of one conversation, or why there is none."""
-        messages, add_generation_prompt = job
-        size = sum(len(str(message.get("content"))) for message in messages)
+        size = sum([len(message["content"]) for message in messages])
         most = FREE_CHARACTERS + MOST_GROWTH * size
         signal.setitimer(signal.ITIMER_PROF, ROW_CPU_S)
         self._is_rendering = True
         try:
-            text = self._text(template, constants, messages, add_generation_prompt)
+            text = self._text(template, constants, ask, messages)
             self._is_rendering = False
         except OutOfTimeError:
             return (True, f"it takes more than {ROW_CPU_S:g} s")
@@ -122,7 +123,7 @@ class Rows:
         return text
 
     def _text(
-        self, template: str, constants: dict[str, str], messages: Any, add_generation_prompt: bool
+        self, template: str, constants: dict[str, str], ask: bool, messages: list[dict[str, str]]
     ) -> str:
         compiled, names, problem = self._compiled(template)
         if problem is not None:
@@ -132,7 +133,7 @@ class Rows:
             "messages": messages,
             "tools": None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": ask,
             **constants,
         }
         # What `compiled.render(values)` does, without merging the globals anew for every row.
@@ -165,8 +166,9 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         request = json.loads(source.read(int.from_bytes(header, "big")))
         told, characters, ready = time.monotonic(), 0, list[Result]()
         _allow_time()
-        for job in request["jobs"]:
-            result = rows.render(request["template"], request["constants"], job)
+        template, constants = request["template"], request["constants"]
+        for messages in request["conversations"]:
+            result = rows.render(template, constants, request["ask"], messages)
             ready.append(result)
             characters += len(result) if isinstance(result, str) else 0
             now = time.monotonic()
@@ -189,8 +191,14 @@ def _allow_time() -> None:
     """Let the kernel end this process if the next row outlives its own time limit."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(used.ru_utime + used.ru_stime + ROW_CPU_S + TELL_S) + KILL_CPU_S
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+    _set_limit(resource.RLIMIT_CPU, limit)
+
+
+def _set_limit(which: int, value: int) -> None:
+    """Set a soft limit, as far as the hard one that was inherited allows."""
+    _, hard = resource.getrlimit(which)
+    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (soft, hard))
 
 
 def main() -> None:
@@ -198,9 +206,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # we end with our parent: its pipe closes
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    _set_limit(resource.RLIMIT_AS, MEMORY_BYTES)
     _tell(sys.stdout.buffer, [])
     try:
         serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from stages.errors import ConfigError
 
@@ -72,8 +71,7 @@ class Template:
             ConfigError: too many conversations ran into the limits of time, memory and size.
             RuntimeError: the process that renders cannot be started.
         """
-        jobs = ([[messages, ask] for messages in part] for part in parts)
-        for results in _process.render(self, jobs):
+        for results in _process.render(_Part(self, part, ask) for part in parts):
             self._count_spent(results)
             yield results
 
@@ -93,10 +91,11 @@ class _Ended(Exception):
 
 @dataclass
 class _Part:
-    """Jobs, and what was heard of them, in order."""
+    """Conversations, and what was heard of them, in order."""
 
     template: Template
-    jobs: list[Any]
+    conversations: Sequence[Messages]
+    ask: bool
     results: list[Rendered] = field(default_factory=list)
     careful: bool = False
     """Each row is told of at once, so that it is known which one ends the process."""
@@ -107,13 +106,14 @@ class _Part:
             "template": self.template.text,
             "constants": self.template.constants,
             "careful": self.careful,
-            "jobs": self.jobs[len(self.results) :],
+            "ask": self.ask,
+            "conversations": self.conversations[len(self.results) :],
         }
         return json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
     @property
     def is_done(self) -> bool:
-        return len(self.results) == len(self.jobs)
+        return len(self.results) == len(self.conversations)
 
     def survive(self) -> None:
         """Go on after the process has ended: the row that ended it twice is given up."""
@@ -133,11 +133,9 @@ class _Process:
         self._unsent = bytearray()
         self._unread = bytearray()
 
-    def render(
-        self, template: Template, parts: Iterable[list[Any]]
-    ) -> Generator[list[Rendered], None, None]:
+    def render(self, parts: Iterable[_Part]) -> Generator[list[Rendered], None, None]:
         """Yield the results of each part, one part ahead of the reader."""
-        source = (_Part(template, jobs) for jobs in parts)
+        source = iter(parts)
         waiting: deque[_Part] = deque()
         with self._lock:
             try:

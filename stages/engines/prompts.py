@@ -73,6 +73,8 @@ def askable_batch(
     asked = [messages for messages, is_blank in zip(conversations, blank, strict=True)
              if not is_blank]  # fmt: skip
     rendered = iter(renderer.prompts_tokens(asked, limit))
+    if vocab_size is not None and renderer.num_ids <= vocab_size:
+        vocab_size = None  # as almost always: no row needs to be looked at
     return [
         RowRefusedError("empty_prompt", "only white space in its last message")
         if is_blank

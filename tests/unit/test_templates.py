@@ -339,5 +339,5 @@ def test_a_process_that_cannot_start_says_why(
     monkeypatch.setattr(templates, "PROGRAM", program)
     process = templates._Process()
     with pytest.raises(RuntimeError, match="did not start: .*No module named 'no_such_library'"):
-        list(process.render(Template(PLAIN, {}), [[[conversation("x"), True]]]))
+        list(process.render([templates._Part(Template(PLAIN, {}), [conversation("x")], ask=True)]))
     process.close()
