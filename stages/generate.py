@@ -304,7 +304,6 @@ def _check_parity(shards: Sequence[Path], work: _Work) -> "ParityReport | None":
         return None
     from stages.model.parity import check_parity, draw_rows  # torch, which vLLM needs not here
 
-    base = work.model.base
     return check_parity(
         work.model.verified(),
         draw_rows(shards, config.rows, f"parity/{work.config.seed}/{work.iteration}"),
@@ -315,7 +314,6 @@ def _check_parity(shards: Sequence[Path], work: _Work) -> "ParityReport | None":
         where=str(shards[0].parent),
         sampling=work.generate,
         rendered=lambda prompt_id: _rendered_anew(prompt_id, work),
-        others={"the adapter's base": base.path} if base else {},
     )
 
 

@@ -5,21 +5,20 @@ trained against answers of somebody else, and nothing later would notice.
 """
 
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from stages.artifacts import read_batches, read_rows
-from stages.artifacts.keys import sha256_text
-from stages.artifacts.tables import Row
+from stages.artifacts import count_rows, read_batches
 from stages.config import EngineConfig, ForwardConfig, ParityConfig, SamplingConfig
-from stages.data.draw import smallest_by_hash
 from stages.data.rows import GENERATIONS
 from stages.errors import DivergedError
 from stages.model.load import best_device
@@ -82,19 +81,21 @@ class ParityReport:
 def draw_rows(
     shards: Sequence[Path], count: int, salt: str, max_tokens: int = MAX_TOKENS
 ) -> list[Answered]:
-    """Return `count` rows of GENERATIONS, drawn by hash: the same however they lie in shards.
+    """Return `count` rows of GENERATIONS, the same however they lie in shards.
 
-    Fewer where they have more than `max_tokens` tokens together; the last one's response is cut
-    off then, which changes none of its other tokens' log-probabilities.
+    Drawn by their numbers, so that of millions of rows only the drawn ones are looked at. Fewer
+    where they have more than `max_tokens` tokens together; the last one's response is cut off
+    then, which changes none of its other tokens' log-probabilities.
     """
-    ids = partial(read_rows, schema=GENERATIONS, columns=["prompt_id", "sample_index"])
-    drawn = smallest_by_hash(map(_name, ids(shards)), count, salt)
-    found: list[Answered] = []
-    for shard in shards:
-        if any(_name(row) in drawn for row in ids([shard])):
-            found += _read_named(shard, drawn)
-    found.sort(key=lambda row: sha256_text(f"{salt}/{row.name}"))
-    return list(bounded(found, max_tokens))
+    ends = list(accumulate(count_rows([shard]) for shard in shards))
+    total = ends[-1] if ends else 0
+    drawn = random.Random(salt).sample(range(total), min(count, total))
+    found: dict[int, Answered] = {}
+    for shard, end, start in zip(shards, ends, [0, *ends], strict=False):
+        here = [number for number in drawn if start <= number < end]
+        if here:
+            found |= zip(here, _read_rows(shard, [n - start for n in here]), strict=True)
+    return list(bounded([found[number] for number in drawn], max_tokens))
 
 
 def bounded(rows: Sequence[Answered], max_tokens: int) -> Iterator[Answered]:
@@ -260,16 +261,17 @@ def is_lossy(engine: EngineConfig) -> bool:
     return bool(engine.quantization or engine.extra.get("quantization")) or "fp8" in str(cache)
 
 
-def _name(row: Row) -> str:
-    return f"{row['prompt_id']}/{row['sample_index']}"
-
-
-def _read_named(shard: Path, names: set[str]) -> Iterator[Answered]:
+def _read_rows(shard: Path, numbers: Sequence[int]) -> list[Answered]:
+    """Return the rows of these numbers, in their order."""
     columns = [
         "prompt_id", "sample_index", "prompt_token_ids", "response_token_ids", "token_logprobs",
     ]  # fmt: skip
+    found: dict[int, Answered] = {}
+    start = 0
     for batch in read_batches([shard], GENERATIONS, columns=columns):
-        for number, ids in enumerate(batch.select(columns[:2]).to_pylist()):
-            if _name(ids) in names:
-                [row] = batch.slice(number, 1).to_pylist()
-                yield Answered(*(row[name] for name in columns))
+        here = [number for number in numbers if start <= number < start + batch.num_rows]
+        rows = batch.take([number - start for number in here]).to_pylist()
+        for number, row in zip(here, rows, strict=True):
+            found[number] = Answered(*(row[name] for name in columns))
+        start += batch.num_rows
+    return [found[number] for number in numbers]
