@@ -97,16 +97,28 @@ def _find_recipe(layout: RunLayout) -> Recipe | None:
         data = layout.record.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return parse_record(data, layout.record)
+
+
+def parse_record(data: bytes, path: object) -> Recipe:
+    """Return the recipe in a run's record.
+
+    Args:
+        path: where it was read, for the message.
+
+    Raises:
+        CorruptError: it is not the text that was written.
+        InputError: another version of spin wrote it.
+    """
     try:
         record = open_sealed(data, _HASH_NAME)
     except ValueError:
         raise CorruptError(
-            f"{layout.record} is damaged (its hash does not match); restore it, or start "
-            "another run"
+            f"{path} is damaged (its hash does not match); restore it, or start another run"
         ) from None
     if record.get("format") != RECORD_FORMAT:
         raise InputError(
-            f"{layout.record} has format {record.get('format')}, this spin reads {RECORD_FORMAT}; "
+            f"{path} has format {record.get('format')}, this spin reads {RECORD_FORMAT}; "
             "use the version of spin that wrote it"
         )
     return recipe_from_json(record["recipe"])

@@ -131,10 +131,22 @@ def read_manifest(artifact: Path) -> Manifest:
             version of spin wrote it.
         CorruptError: it is not the text that was written, or its key is not that of its fields.
     """
-    path = artifact / MANIFEST_NAME
     remedy = f"delete {artifact} and run its stage again"
+    return parse_manifest(_manifest_bytes(artifact), artifact / MANIFEST_NAME, remedy)
+
+
+def parse_manifest(data: bytes, path: object, remedy: str) -> Manifest:
+    """Return the manifest that was written as `data`.
+
+    Args:
+        path: where it was read, for the message.
+        remedy: what to do if it is damaged.
+
+    Raises:
+        CorruptError, InputError: see `read_manifest`.
+    """
     try:
-        body = open_sealed(_manifest_bytes(artifact), _HASH_NAME)
+        body = open_sealed(data, _HASH_NAME)
     except ValueError:
         raise CorruptError(f"{path} is damaged (its hash does not match); {remedy}") from None
     if body.get("manifest_format") != MANIFEST_FORMAT:

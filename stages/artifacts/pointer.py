@@ -67,13 +67,22 @@ def read_pointer(path: Path) -> Pointer | None:
         raise InputError(
             f"{path} cannot be read ({error.strerror}); mend its permissions, or move it away"
         ) from None
-    pointer = _parse(path, data)
+    remedy = f"delete {path} and run the promotions of this run again"
+    pointer = parse_pointer(data, path, remedy)
     inner_path(path.parent, pointer.path, named_by=path.name)
     return pointer
 
 
-def _parse(path: Path, data: bytes) -> Pointer:
-    remedy = f"delete {path} and run the promotions of this run again"
+def parse_pointer(data: bytes, path: object, remedy: str) -> Pointer:
+    """Return the pointer that was written as `data`; the place it names is not checked.
+
+    Args:
+        path: where it was read, for the message.
+        remedy: what to do if it is damaged.
+
+    Raises:
+        CorruptError, InputError: see `read_pointer`.
+    """
     try:
         body: dict[str, Any] = open_sealed(data, _HASH_NAME)
     except ValueError:
@@ -114,6 +123,20 @@ def move_pointer(path: Path, target: PointerEntry) -> bool:
             return False
         _write(path, [*history, target])
     return True
+
+
+def put_pointer(path: Path, pointer: Pointer) -> None:
+    """Write a pointer that came from another copy of the run, in the place of what is there.
+
+    The caller has compared the two.
+
+    Raises:
+        BusyError: another process is moving it.
+        CorruptError: it names a place outside its folder.
+    """
+    with locks.hold(locks.lock_path(path), str(path)):
+        inner_path(path.parent, pointer.path, named_by=path.name)
+        write_durably(path, pointer.to_text())
 
 
 def roll_back(path: Path) -> Pointer:

@@ -31,12 +31,19 @@ from stages.artifacts.claims import Attendance
 from stages.artifacts.files import (
     files_below,
     fsync_path,
+    inner_path,
     make_folder,
     replace_text,
     temporary_path,
     writing,
 )
-from stages.artifacts.keys import canonical_json, sha256_file, sha256_text, stage_key
+from stages.artifacts.keys import (
+    canonical_json,
+    sha256_bytes,
+    sha256_file,
+    sha256_text,
+    stage_key,
+)
 from stages.artifacts.manifest import (
     MANIFEST_FORMAT,
     MANIFEST_NAME,
@@ -47,10 +54,18 @@ from stages.artifacts.manifest import (
     check_file,
     check_listing,
     key_fields,
+    parse_manifest,
     read_manifest,
 )
 from stages.artifacts.shards import CLAIMS, SHARD_NOTES, WORKERS, ShardStore
-from stages.errors import BusyError, ConfigError, CorruptError, DivergedError, SpinError
+from stages.errors import (
+    BusyError,
+    ConfigError,
+    CorruptError,
+    DivergedError,
+    NoSpaceError,
+    SpinError,
+)
 
 log = logging.getLogger("spin")
 
@@ -188,6 +203,109 @@ def _make(out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable
     return _publish(partial, out)
 
 
+def receive(out: Path, data: bytes, source: str, fill: Callable[[Path], None]) -> bool:
+    """Put at `out` the artifact that was made elsewhere, under the very manifest `data`.
+
+    Args:
+        source: where it comes from, for messages.
+        fill: puts the manifest's files into a folder, each by a rename when it is whole and
+            flushed, and answers for their hashes. What a cut-off attempt with the same manifest
+            left is in the folder already.
+
+    Returns:
+        False when that artifact is at `out` already.
+
+    Raises:
+        ConfigError: `out` holds something else (the message names the field that differs), or
+            cannot be written.
+        CorruptError: the manifest is damaged or names what no artifact holds, or `fill` left
+            something else than it names.
+        BusyError: another process is making `out`.
+        NoSpaceError: the disk is full, or has no room for the files; what is whole is kept.
+    """
+    if out.name in ("", ".."):
+        out = Path(os.path.abspath(out))
+    manifest = parse_manifest(data, f"{source}/{MANIFEST_NAME}", "fetch another copy")
+    _check_outside_artifacts(out)
+    with locks.hold(locks.lock_path(out), str(out)), writing(out):
+        if (out / MANIFEST_NAME).exists():
+            check_same(read_manifest(out), manifest, out, source)
+            check_listing(out, manifest)
+            return False
+        _check_free(out)
+        partial = out.parent / f".{out.name}.{sha256_bytes(data)[:16]}.partial"
+        _note_other_attempts(out, partial)
+        make_folder(partial)
+        _delete_all_but(partial, _received(partial, manifest))
+        _check_room(partial, manifest)
+        fill(partial)
+        for folder in [p for p in partial.rglob("*") if p.is_dir()]:
+            fsync_path(folder)
+        check_listing(partial, manifest)
+        replace_text(partial / MANIFEST_NAME, data.decode())
+        _publish(partial, out)
+    return True
+
+
+def check_same(there: Manifest, ours: Manifest, place: object, source: object) -> None:
+    """Check that the artifact at `place` is the one at `source`, to the last byte.
+
+    Raises:
+        ConfigError: it is another; the message names what differs first.
+    """
+    difference = None
+    if there.key != ours.key:
+        difference = first_difference(there.key_fields(), ours.key_fields())
+    elif there != ours:
+        before, now = (_files_first(manifest) for manifest in (there, ours))
+        leaf = _different_leaf(before, now)
+        assert leaf is not None, "two unequal manifests have no difference"
+        name, value, other = leaf
+        difference = f"made apart from it: {name}: {_short(value)} there, {_short(other)} here"
+    if difference is not None:
+        raise ConfigError(
+            f"{place} holds another artifact than {source}: {difference}; nothing is overwritten: "
+            "name another place, or delete it"
+        )
+
+
+def _files_first(manifest: Manifest) -> dict[str, Any]:
+    """Return a manifest with names under which bytes that differ sort before all else."""
+    body = manifest.model_dump(mode="json")
+    files = {f.path: f.sha256 for f in manifest.files}
+    return {" file": files, **body}
+
+
+def _received(partial: Path, manifest: Manifest) -> set[str]:
+    """Return the files that an attempt may keep: those of its manifest.
+
+    Raises:
+        CorruptError: the manifest names a place outside, or one that is not a file's to have.
+    """
+    names = {entry.path for entry in manifest.files}
+    for entry in manifest.files:
+        inner_path(partial, entry.path)
+        reserved = entry.path == MANIFEST_NAME or entry.path.split("/")[0] == SHARD_NOTES
+        if reserved or entry.size_bytes < 0 or len(names) < len(manifest.files):
+            raise CorruptError(
+                f"the manifest for {partial} names {entry.path!r}, with {entry.size_bytes} bytes, "
+                "which is no file of an artifact; it was tampered with: fetch another copy"
+            )
+    return names
+
+
+def _check_room(partial: Path, manifest: Manifest) -> None:
+    """Check that the disk has room for what is not there yet."""
+    there = sum((partial / name).stat().st_size for name in files_below(partial))
+    missing = sum(entry.size_bytes for entry in manifest.files) - there
+    free = shutil.disk_usage(partial).free
+    if missing > free:
+        raise NoSpaceError(
+            f"{partial.parent} has {free:,} bytes free, and {missing:,} are to come; free some "
+            "space, then run the same command again: what was finished is kept"
+        )
+
+
 def _assist(out: Path, plan: Plan, assist: Callable[[Workspace], None]) -> None:
     """Work in the workspace of the process that makes `out`, as far as there is one.
 
@@ -250,10 +368,10 @@ def _check_free(out: Path) -> None:
     nothing = not os.path.lexists(out)
     if not nothing and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
-            f"{out} exists and is no artifact; nothing is overwritten: name another --out"
+            f"{out} exists and is no artifact; nothing is overwritten: name another place"
         )
     if not nothing and out.samefile(Path.cwd()):
-        raise ConfigError(f"{out} is the folder you are in; name a folder in it: --out NAME")
+        raise ConfigError(f"{out} is the folder you are in; name a folder in it")
 
 
 def _check_outside_artifacts(out: Path) -> None:
@@ -267,7 +385,7 @@ def _check_outside_artifacts(out: Path) -> None:
             continue
         raise ConfigError(
             f"{out} lies inside the finished artifact {folder} ({stage}), which would be damaged "
-            "by it; name another --out"
+            "by it; name another place"
         )
 
 
@@ -468,7 +586,7 @@ def _publish(partial: Path, out: Path) -> Manifest:
             raise
         raise ConfigError(
             f"{out} cannot be replaced ({error.strerror}): something was put there meanwhile, or "
-            "it is a mount point; move that away or name another --out"
+            "it is a mount point; move that away or name another place"
         ) from error
     fsync_path(out.parent)
     return manifest
