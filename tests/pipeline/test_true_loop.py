@@ -261,15 +261,12 @@ class TestBadInput:
         words = ["generate", "--model", bare, "--data", played / "data", "--out", tmp_path / "g"]
         self.fails(3, "has no tokenizer", *words)
 
-    def test_a_model_without_template_where_the_recipe_gives_none(
-        self, played: Path, tmp_path: Path
-    ) -> None:
-        bare = tmp_path / "bare"
-        shutil.copytree(played / "models/sft", bare)
-        (bare / "manifest.json").unlink()
-        (bare / "chat_template.jinja").unlink()
-        words = ["generate", "--model", bare, "--data", played / "data", "--out", tmp_path / "g"]
-        self.fails(3, "set chat.template to `plain`", *words)
+    def test_a_template_that_is_none(self, played: Path, tmp_path: Path) -> None:
+        words = ["generate", "--model", played / "models/sft", "--data", played / "data"]
+        words += ["--out", tmp_path / "g"]
+        self.fails(2, "fails on a plain question", *words, "chat.template='{% for %}'")
+        self.fails(2, "plain question: it takes", *words, "chat.template='{{ 9 ** (9 ** 9) }}'")
+        self.fails(2, "cannot be read (No such file", *words, "chat.template=none.jinja")
 
     def test_a_model_with_code_of_its_own(self, played: Path, tmp_path: Path) -> None:
         evil = tmp_path / "evil"
