@@ -86,6 +86,10 @@ Gpus = Annotated[
     int | None,
     typer.Option("--gpus", min=1, help="Work on so many GPUs of this machine, a process each."),
 ]
+Url = Annotated[
+    str, typer.Argument(metavar="URL", help="s3://bucket/folder, or what else fsspec knows.")
+]
+TransferThreads = Annotated[int, typer.Option("--threads", min=1, help="Files carried at once.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -555,6 +559,52 @@ def verify(
     if report.problems:
         raise CorruptError(f"{place}: {len(report.problems)} problems; each is named above")
     say(f"{place}: all is as its manifests say")
+
+
+@app.command(
+    epilog=_example("spin push runs/demo s3://bucket/runs/demo",
+                    "spin push runs/demo/models/sft s3://bucket/models/sft")
+)  # fmt: skip
+def push(
+    place: Annotated[Path, typer.Argument(metavar="RUN|ARTIFACT", help="What to send.")],
+    url: Url,
+    threads: TransferThreads = 4,
+    amend: Annotated[
+        bool, typer.Option("--amend", help="Replace the recipe of a run there, if it is another.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Send a run or an artifact to S3 or another store.
+
+    Files first, each manifest last; what is there already is not sent again.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from stages import transfer
+
+    say(f"{url}: {transfer.push(place, url, threads=threads, amend=amend).line('sent')}")
+
+
+@app.command(epilog=_example("spin pull s3://bucket/runs/demo runs/demo && spin verify runs/demo"))
+def pull(
+    url: Url,
+    place: Annotated[Path, typer.Argument(metavar="PLACE", help="A new directory, or the run "
+                                          "that shall get what it lacks.")],
+    threads: TransferThreads = 4,
+    amend: Annotated[
+        bool, typer.Option("--amend", help="Take the recipe of the run there, if it is another.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Fetch a run or an artifact from S3 or another store.
+
+    Every file is checked against its manifest; what is here already is not fetched again.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from stages import transfer
+
+    say(f"{place}: {transfer.pull(url, place, threads=threads, amend=amend).line('fetched')}")
 
 
 @config_app.command("show", epilog=_example("spin config show demo --iteration 1 train.beta=0.05"))

@@ -28,7 +28,8 @@ ALLOWED = {
     "layout": {"artifacts", "errors"},
     "objective": {"errors"},
     "progress": {"errors"},
-    "data": BASE,
+    "remote": {"artifacts", "errors"},
+    "data": BASE | {"remote"},
     "model": BASE | {"data", "objective"},
     "engines": BASE | {"data", "objective", "model"},
     "rewards": BASE | {"data", "objective", "model", "engines"},
@@ -40,7 +41,8 @@ ALLOWED = {
     "decisions": BASE | {"layout", "run_record"},
     "status": BASE | OF_A_RUN,
     "verify": BASE | OF_A_RUN,
-    "spin_cli": BASE | STAGES | OF_A_RUN | {"engines", "progress", "status", "verify"},
+    "transfer": BASE | OF_A_RUN | {"progress", "remote"},
+    "spin_cli": BASE | STAGES | OF_A_RUN | {"engines", "progress", "status", "transfer", "verify"},
 }
 
 
