@@ -125,7 +125,8 @@ class PrepareConfig(_Section):
     """Where prompts and human responses come from."""
 
     source: str | None = _place(None)
-    """A file or folder (JSON lines, Parquet, CSV), or a Hugging Face data set id."""
+    """A file or folder (JSON lines, Parquet, CSV), here or at a URL (`s3://…`), or a Hugging Face
+    data set id."""
     format: Literal["messages", "prompt_response", "gsm8k", "word_sums"] = "messages"
     split: str = "train"
     """Of a Hugging Face data set."""

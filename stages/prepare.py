@@ -14,17 +14,31 @@ on the same held-out prompts, and so are the runs of two people who have the sam
 import itertools
 import json
 import logging
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from stages.artifacts import Manifest, Outcome, Plan, TableWriter, Workspace, produce, read_manifest
+from stages.artifacts import (
+    Manifest,
+    Outcome,
+    Plan,
+    TableWriter,
+    Workspace,
+    locks,
+    produce,
+    read_manifest,
+)
+from stages.artifacts.files import inner_path, make_folder, writing
 from stages.artifacts.keys import sha256_text
 from stages.artifacts.manifest import MANIFEST_NAME
+from stages.artifacts.produce import check_outside_artifacts
 from stages.config import PrepareConfig, RunConfig
 from stages.data.formats import (
     PROMPT_ID_DIGITS,
@@ -45,9 +59,12 @@ from stages.data.sources import (
     Source,
     WordSumsSource,
     commit_name,
+    is_data_file,
     open_source,
 )
 from stages.errors import ConfigError, InputError
+from stages.progress import progress
+from stages.remote import Remote, is_url, local_path, open_remote
 
 log = logging.getLogger("spin")
 
@@ -65,6 +82,8 @@ REASONS = (
 
 GSM8K_ID, GSM8K_SUBSET = "openai/gsm8k", "main"
 DRAW_SALT = "spin-heldout"
+FETCHERS = 4
+SOURCES = ("source", "heldout_source")
 PART_ROWS = 100_000
 PATIENCE_ROWS = 1000
 """A source whose first rows are all malformed, this many, is refused without reading on."""
@@ -98,19 +117,22 @@ def run(config: RunConfig, out: Path) -> Manifest:
         ConfigError: the settings name no source, or contradict each other.
         InputError: the data cannot be read, is not of its format, or is too little.
     """
-    section = config.prepare
-    inputs = find_inputs(section, _known_commits(out))
-    fingerprints = {"source": inputs.source.fingerprint}
-    if inputs.heldout_source is not None:
-        fingerprints["heldout_source"] = inputs.heldout_source.fingerprint
-    plan = Plan(
-        stage="prepare",
-        format_version=FORMAT_VERSION,
-        config={"prepare": section.identity()},
-        inputs={},
-        fingerprints=fingerprints,
-    )
-    return produce(out, plan, lambda workspace: _fill(workspace, section, inputs))
+    with _local(config.prepare, out) as (section, marks):
+        fingerprints = _recorded(section, out, marks)
+        inputs = None
+        if fingerprints is None:
+            inputs = find_inputs(section, _known_commits(out))
+            fingerprints = {"source": inputs.source.fingerprint}
+            if inputs.heldout_source is not None:
+                fingerprints["heldout_source"] = inputs.heldout_source.fingerprint
+        plan = Plan(
+            stage="prepare",
+            format_version=FORMAT_VERSION,
+            config={"prepare": section.identity()},
+            inputs={},
+            fingerprints=fingerprints,
+        )
+        return produce(out, plan, lambda workspace: _fill(workspace, section, inputs, marks))
 
 
 def find_inputs(section: PrepareConfig, known_commits: dict[str, str]) -> PrepareInputs:
@@ -190,7 +212,108 @@ def _known_commits(out: Path) -> dict[str, str]:
     return dict(read_manifest(out).info.get("commits", {}))
 
 
-def _fill(workspace: Workspace, section: PrepareConfig, inputs: PrepareInputs) -> Outcome:
+# Sources at a URL
+
+
+@contextmanager
+def _local(
+    section: PrepareConfig, out: Path
+) -> Iterator[tuple[PrepareConfig, dict[str, str | None]]]:
+    """Yield the settings with copies on this disk for sources at a URL, and the marks of those.
+
+    The copies lie beside `out` while the block runs, and are not made where `out` was made from the
+    same objects; a mark changes whenever an object does (see `Remote.mark`).
+
+    Raises:
+        BusyError: another process fetches for `out`.
+        InputError: there is nothing at a URL, or it cannot be read.
+    """
+    urls = {name: url for name in SOURCES if is_url(url := getattr(section, name) or "")}
+    if not urls:
+        yield section, {}
+        return
+    check_outside_artifacts(out)
+    places: dict[str, str] = {}
+    marks: dict[str, str | None] = {}
+    folder = out.parent / f".{out.name}.source"
+    with locks.hold(locks.lock_path(folder), f"{out} (its sources)"), writing(out):
+        shutil.rmtree(folder, ignore_errors=True)  # of a command that was killed
+        try:
+            remotes = {}
+            for name, url in urls.items():
+                path = local_path(url)
+                if path is not None:
+                    places[name] = str(path)
+                else:
+                    remotes[name] = open_remote(url)
+                    marks[name] = remotes[name].mark()
+            if _recorded(section, out, marks) is None:
+                for name, remote in remotes.items():
+                    places[name] = str(_fetch(remote, folder / name, f"prepare.{name}"))
+            yield section.model_copy(update=places), marks
+        except InputError as error:  # the reader knows the copies only
+            raise InputError(_with_urls(str(error), places, urls)) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_urls(text: str, places: Mapping[str, str], urls: Mapping[str, str]) -> str:
+    for name, place in places.items():
+        text = text.replace(place, urls[name].rstrip("/"))
+    return text
+
+
+def _fetch(remote: Remote, folder: Path, setting: str) -> Path:
+    """Copy the data files at a URL into a folder; return the copy of the file or folder itself.
+
+    Raises:
+        InputError: there are none.
+    """
+    top = folder / remote.url.rpartition("/")[2]
+    sizes = {name: size for name, size in remote.files().items() if not name or is_data_file(name)}
+    if not sizes:
+        raise InputError(
+            f"{setting}={remote.url} holds no data file; name a file, or the folder of the data"
+        )
+    total = sum(sizes.values())
+    with progress("fetch", total=total, unit="bytes") as bar, ThreadPoolExecutor(FETCHERS) as ahead:
+        for name, size_bytes in sizes.items():
+            path = inner_path(folder, f"{top.name}/{name}" if name else top.name,
+                              named_by=remote.url)  # fmt: skip
+            make_folder(path.parent)
+            with path.open("xb") as file:
+                for chunk in remote.chunks(name, size_bytes, ahead):
+                    file.write(chunk)
+                    bar.advance(len(chunk))
+    return top
+
+
+def _recorded(
+    section: PrepareConfig, out: Path, marks: Mapping[str, str | None]
+) -> dict[str, str] | None:
+    """Return the fingerprints of the finished artifact at `out`, None where they may have changed.
+
+    Known to hold are those of sources that are all at a URL, of which no object has changed since:
+    so a finished artifact is recognized without fetching them again.
+    """
+    named = {name for name in SOURCES if getattr(section, name) is not None}
+    if not marks or marks.keys() != named or None in marks.values():
+        return None
+    if not (out / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(out)
+    read = named | ({"heldout_source"} if section.heldout_split is not None else set())
+    same = manifest.info.get("marks") == marks and manifest.fingerprints.keys() == read
+    return dict(manifest.fingerprints) if same else None
+
+
+def _fill(
+    workspace: Workspace,
+    section: PrepareConfig,
+    inputs: PrepareInputs | None,
+    marks: Mapping[str, str | None],
+) -> Outcome:
+    assert inputs is not None, f"{workspace.path}: its artifact was deleted meanwhile"
     adapter = make_adapter(section)
     with TemporaryDirectory(prefix="spill-", dir=workspace.path) as spill:
         rows = LineSorter(Path(spill, "rows"))
@@ -201,7 +324,8 @@ def _fill(workspace: Workspace, section: PrepareConfig, inputs: PrepareInputs) -
         sorted_rows = rows.finish()
         limits = _draw(sorted_rows, section, inputs, Path(spill, "draws"))
         counts = _write(workspace, sorted_rows, limits)
-    return Outcome(counts=counts, info=_provenance(inputs))
+    info = _provenance(inputs) | ({"marks": dict(marks)} if marks else {})
+    return Outcome(counts=counts, info=info)
 
 
 def _provenance(inputs: PrepareInputs) -> dict[str, Any]:

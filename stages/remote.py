@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stages.artifacts.files import fsync_path, make_folder, temporary_path
+from stages.artifacts.keys import canonical_json, sha256_text
 from stages.errors import ConfigError, CorruptError, InputError, NoSpaceError, SpinError
 
 CHUNK_BYTES = 8 * 2**20
@@ -73,6 +74,16 @@ class Remote:
         Raises:
             ConfigError, InputError, SpinError: see `open_remote`.
         """
+        return {name: int(info["size"]) for name, info in self._objects().items()}
+
+    def mark(self) -> str | None:
+        """Return what changes whenever an object below does, None where the store has no ETags."""
+        tags = {name: info.get("ETag") for name, info in self._objects().items()}
+        if not all(isinstance(tag, str) and tag for tag in tags.values()):
+            return None
+        return sha256_text(canonical_json([self.url, tags]))
+
+    def _objects(self) -> dict[str, Mapping[str, Any]]:
         with self._speaking():
             self.fs.invalidate_cache()
             try:
@@ -81,17 +92,11 @@ class Remote:
                 if self.protocol in _OBJECT_STORES:
                     raise  # the bucket itself
                 return {}
-            return {
-                name.removeprefix(self.root).removeprefix("/"): int(info["size"])
-                for name, info in found.items()
-                if info["type"] == "file" and not (name.endswith("/") and not info["size"])
-            }
-
-    def version(self, relative: str) -> str | None:
-        """Return what changes whenever an object does, None where the store has no such mark."""
-        with self._speaking():
-            tag = self.fs.info(self._at(relative)).get("ETag")
-        return tag if isinstance(tag, str) and tag else None
+        return {
+            name.removeprefix(self.root).removeprefix("/"): info
+            for name, info in found.items()
+            if info["type"] == "file" and not (name.endswith("/") and not info["size"])
+        }
 
     def sent_sha256(self, relative: str) -> str | None:
         """Return the SHA-256 that `write` was told of an object's whole content, if it is kept.

@@ -170,7 +170,7 @@ def produce(
     """
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))
-    _check_outside_artifacts(out)
+    check_outside_artifacts(out)
     while True:
         with ExitStack() as held:
             try:
@@ -226,7 +226,7 @@ def receive(out: Path, data: bytes, source: str, fill: Callable[[Path], None]) -
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))
     manifest = parse_manifest(data, f"{source}/{MANIFEST_NAME}", "fetch another copy")
-    _check_outside_artifacts(out)
+    check_outside_artifacts(out)
     with locks.hold(locks.lock_path(out), str(out)), writing(out):
         if (out / MANIFEST_NAME).exists():
             check_same(read_manifest(out), manifest, out, source)
@@ -374,7 +374,7 @@ def _check_free(out: Path) -> None:
         raise ConfigError(f"{out} is the folder you are in; name a folder in it")
 
 
-def _check_outside_artifacts(out: Path) -> None:
+def check_outside_artifacts(out: Path) -> None:
     """Check that `out` lies inside no finished artifact, which even its lock would damage."""
     for folder in out.absolute().parents:
         if not (folder / MANIFEST_NAME).is_file():

@@ -188,6 +188,12 @@ class FileSource:
                 )
 
 
+def is_data_file(name: str) -> bool:
+    """Tell whether a file below a folder, by its relative path, is looked at at all."""
+    plain = not _is_hidden(Path(name))
+    return plain and (_kind(name) is not None or Path(name).name in _METADATA)
+
+
 def _kind(name: str) -> str | None:
     suffix = Path(name.removesuffix(".gz")).suffix.lower()
     suffix = ".jsonl" if suffix == ".ndjson" else suffix

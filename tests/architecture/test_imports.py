@@ -17,7 +17,7 @@ STAGES = {
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
     "layout", "decisions", "progress", "journal", "answers", "data", "objective", "model", "engines",
-    "rewards",
+    "rewards", "remote",
 }  # fmt: skip
 OF_A_RUN = {"layout", "run_record", "decisions"}
 # Room → the rooms it may import from. A room is a module or package right below stages/.
@@ -29,7 +29,7 @@ ALLOWED = {
     "objective": {"errors"},
     "progress": {"errors"},
     "remote": {"artifacts", "errors"},
-    "data": BASE | {"remote"},
+    "data": BASE,
     "model": BASE | {"data", "objective"},
     "engines": BASE | {"data", "objective", "model"},
     "rewards": BASE | {"data", "objective", "model", "engines"},

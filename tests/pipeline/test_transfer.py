@@ -327,6 +327,57 @@ def test_a_run_pushed_twice_sends_what_is_new_and_can_be_carried_on(
     assert verify(copy.root).problems == []
 
 
+# Data from S3
+
+
+def lines(count: int, word: str = "yes") -> bytes:
+    rows = [{"prompt": f"question {i}", "response": f"{word} {i}"} for i in range(count)]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def prepare_words(source: object, out: Path) -> list[object]:
+    settings = ["prepare.format=prompt_response", "prepare.heldout_size=3"]
+    return ["prepare", "--source", source, "--out", out, *settings]
+
+
+def test_data_at_a_url_gives_what_the_same_files_here_give(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_bytes(lines(20, word=name))
+        store.put(f"data/answers/{name}", lines(20, word=name))
+    store.put("data/answers/notes.txt", b"no data")
+    places = ((folder, f"{BUCKET}/data/answers"),
+              (folder / "a.jsonl", f"{BUCKET}/data/answers/a.jsonl"))  # fmt: skip
+    for number, (here, there) in enumerate(places):
+        local, fetched = tmp_path / f"local{number}", tmp_path / f"fetched{number}"
+        store.spin(*prepare_words(here, local))
+        store.spin(*prepare_words(there, fetched))
+        assert read_manifest(fetched).key == read_manifest(local).key
+        assert artifact_tools.hashes(fetched) == artifact_tools.hashes(local)
+        assert not (tmp_path / f".fetched{number}.source").exists()
+
+
+def test_finished_data_is_not_fetched_again_and_changed_data_is_noticed(
+    store: Store, tmp_path: Path
+) -> None:
+    url, out = f"{BUCKET}/changing/a.jsonl", tmp_path / "out"
+    store.put("changing/a.jsonl", lines(20))
+    store.spin(*prepare_words(url, out))
+    store.ask("forget")
+    assert "already done" in store.spin(*prepare_words(url, out))
+    assert not [r for r in store.ask("requests") if r.startswith("GET /bucket/changing")]
+    store.put("changing/a.jsonl", lines(20, word="no"))
+    assert "fingerprint changed: source" in store.spin(*prepare_words(url, out), code=2)
+    assert f"{BUCKET}/changing/none holds no data" in store.spin(
+        *prepare_words(f"{BUCKET}/changing/none", tmp_path / "none"), code=3
+    )
+    store.put("changing/bad.jsonl", b'{"prompt": 1\n')
+    assert f"{BUCKET}/changing/bad.jsonl line 1 is no valid JSON" in store.spin(
+        *prepare_words(f"{BUCKET}/changing/bad.jsonl", tmp_path / "bad"), code=3
+    )
+
+
 # What does not depend on the store
 
 
