@@ -25,16 +25,7 @@ from stages.config import ChatConfig, RunConfig, ScoreConfig
 from stages.data.chat import make_renderer
 from stages.data.rows import PAIRS, SCORED_PAIRS
 from stages.data.tokens import pair_tokens
-from stages.model.group import (
-    Group,
-    Resources,
-    follow,
-    is_follower,
-    leading,
-    open_group,
-    resources,
-    together,
-)
+from stages.model.group import Group, Resources, led, open_group, resources, together
 from stages.model.source import ModelSource, resolve_model
 from stages.progress import Progress, progress
 
@@ -57,10 +48,7 @@ def run(config: RunConfig, inputs: ScoreInputs, out: Path) -> Manifest:
     Raises:
         InputError: the pairs or the model are missing, or of another kind.
     """
-    if is_follower():
-        return follow(config.score, _work, out)
-    with leading(config.score):
-        return _lead(config, inputs, out)
+    return led(config.score, _work, out, lambda: _lead(config, inputs, out))
 
 
 def _lead(config: RunConfig, inputs: ScoreInputs, out: Path) -> Manifest:

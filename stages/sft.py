@@ -26,16 +26,7 @@ from stages.data.rows import PROMPTS, SFT_METRICS, SUPERVISED
 from stages.data.store import build_store, open_store
 from stages.errors import ConfigError, InputError
 from stages.journal import Journal
-from stages.model.group import (
-    Group,
-    Resources,
-    follow,
-    is_follower,
-    leading,
-    open_group,
-    resources,
-    together,
-)
+from stages.model.group import Group, Resources, led, open_group, resources, together
 from stages.model.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
@@ -67,10 +58,7 @@ def run(config: RunConfig, inputs: SftInputs, out: Path) -> Manifest:
     sft = config.sft
     if sft is None:
         raise ConfigError("the recipe has no sft section; give one, for example sft.epochs=1")
-    if is_follower():
-        return follow(sft, _work, out)
-    with leading(sft):
-        return _lead(config, sft, inputs, out)
+    return led(sft, _work, out, lambda: _lead(config, sft, inputs, out))
 
 
 def _lead(config: RunConfig, sft: SftConfig, inputs: SftInputs, out: Path) -> Manifest:
@@ -168,7 +156,7 @@ def _work(job: _Job) -> _Report:
     """Train as one rank; rank 0 also writes."""
     from stages.model.learner import open_student
 
-    group = open_group(job.config, always=job.config.sharding.cpu_offload)
+    group = open_group(job.config)
     renderer = make_renderer(job.tokenizer_dir, job.chat)
     store = open_store(job.rows)
     student = open_student(job.model_dir, store, job.config, job.seed, renderer, group)

@@ -23,16 +23,7 @@ from stages.data.store import TOKEN_COLUMNS, build_store, open_store
 from stages.errors import ConfigError, DivergedError, InputError
 from stages.journal import Journal
 from stages.model.base import Base
-from stages.model.group import (
-    Group,
-    Resources,
-    follow,
-    is_follower,
-    leading,
-    open_group,
-    resources,
-    together,
-)
+from stages.model.group import Group, Resources, led, open_group, resources, together
 from stages.model.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
@@ -72,10 +63,7 @@ def run(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
         DivergedError: the first loss is not ln 2 though the reference is the opponent, or a loss
             or gradient is not finite.
     """
-    if is_follower():
-        return follow(config.train, _work, out)
-    with leading(config.train):
-        return _lead(config, inputs, out)
+    return led(config.train, _work, out, lambda: _lead(config, inputs, out))
 
 
 def _lead(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
@@ -194,7 +182,7 @@ def _work(job: _Job) -> _Report:
     """Train as one rank; rank 0 also writes."""
     from stages.model.learner import open_player
 
-    group = open_group(job.config, always=job.config.sharding.cpu_offload)
+    group = open_group(job.config)
     renderer = make_renderer(job.model_dir, job.chat)
     store = open_store(job.rows)
     player = open_player(job.model_dir, store, job.config, job.seed, renderer, group)

@@ -17,8 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.artifacts import Manifest, read_manifest
 from stages.artifacts.produce import peak_memory_bytes
-from stages.config import ParallelConfig
+from stages.config import OptimConfig, ParallelConfig
 from stages.errors import ConfigError, SpinError
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
@@ -79,14 +78,11 @@ class Group:
             dist.all_reduce(tensor)
 
 
-def open_group(config: ParallelConfig, *, always: bool = False) -> Group:
+def open_group(config: ParallelConfig) -> Group:
     """Join accelerate's process group, as the environment tells it, and take a device.
 
     Precision stays ours (`pairs.autocast`): accelerate's is one for the whole process, while the
-    stages of a run may differ.
-
-    Args:
-        always: make a process group even of one process, which offloading needs.
+    stages of a run may differ. One process joins a group of itself where offloading needs one.
 
     Raises:
         ConfigError: GPUs are asked for, and there are fewer than processes.
@@ -105,7 +101,8 @@ def open_group(config: ParallelConfig, *, always: bool = False) -> Group:
             "GPUs: start as many processes as there are GPUs, or train on the CPU (device=cpu)"
         )
     launched = is_launched()
-    if (launched or always) and not dist.is_initialized():
+    offloads = isinstance(config, OptimConfig) and config.sharding.cpu_offload
+    if (launched or offloads) and not dist.is_initialized():
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
         timeout = datetime.timedelta(seconds=TIMEOUT_S)
         if launched:
@@ -128,11 +125,11 @@ def open_group(config: ParallelConfig, *, always: bool = False) -> Group:
 
 @dataclass(frozen=True)
 class Resources:
-    """What training took."""
+    """What one rank took for its part of a stage, for the manifest that rank 0 writes."""
 
     processes: int
     peak_memory_bytes: int
-    """The most memory that rank 0 had at a time."""
+    """The most memory that the rank had at a time."""
     peak_gpu_memory_bytes: int | None
     """The same of its GPU, None without one."""
 
@@ -159,42 +156,49 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def is_follower() -> bool:
-    """Tell whether this process is one of several and not the first."""
-    return is_launched() and int(os.environ.get("RANK", "0")) > 0
-
-
 # -- Several processes that a launcher started ----------------------------------------------------
 
 
-@contextmanager
-def leading(config: ParallelConfig) -> Iterator[None]:
-    """Let the followers go when the block ends, where there are any; see `follow`."""
-    if not is_launched():
-        yield
-        return
-    group = open_group(config)
-    _Sent.job = False
-    try:
-        yield
-    except BaseException:
-        if not _Sent.job:  # else they failed as well, or will see that this process is gone
-            _broadcast(("failed", None))
-        raise
-    _broadcast(("done", None))
-    _close(group)
+def led(
+    config: ParallelConfig, work: Callable[[Any], Any], out: Path, lead: Callable[[], Manifest]
+) -> Manifest:
+    """Make an artifact as one process, or as each of several that a launcher started.
 
-
-def follow(config: ParallelConfig, work: Callable[[Job], Report], out: Path) -> Manifest:
-    """Do what rank 0 does with a model; it alone writes `out`.
+    Rank 0 calls `lead`, which writes `out`; whenever it calls `together`, the others call `work`.
 
     Returns:
         The manifest that rank 0 wrote or found.
 
     Raises:
-        SpinError: rank 0 failed; it tells why.
+        SpinError: rank 0 failed, and this is another one; it tells why.
     """
+    if not is_launched():
+        return lead()
     group = open_group(config)
+    if group.rank == 0:
+        manifest = _lead(lead)
+        _close(group)
+        return manifest
+    _follow(work)
+    _close(group)
+    return read_manifest(out)
+
+
+def _lead(lead: Callable[[], Manifest]) -> Manifest:
+    """Let the followers go when `lead` ends, however it does."""
+    _Sent.job = False
+    try:
+        manifest = lead()
+    except BaseException:
+        if not _Sent.job:  # else they failed as well, or will see that this process is gone
+            _broadcast(("failed", None))
+        raise
+    _broadcast(("done", None))
+    return manifest
+
+
+def _follow(work: Callable[[Any], Any]) -> None:
+    """Do every job that rank 0 sends, until it says that it is done."""
     while True:
         try:
             kind, job = _broadcast(None)
@@ -203,8 +207,7 @@ def follow(config: ParallelConfig, work: Callable[[Job], Report], out: Path) -> 
         if kind == "failed":
             raise SpinError("rank 0 failed; see its message")
         if kind == "done":
-            _close(group)
-            return read_manifest(out)
+            return
         work(job)
 
 
