@@ -30,14 +30,14 @@ name: keep-engine
 chat: {template: plain}
 prepare:
   format: word_sums
-  word_sums: {num_examples: 2000}
+  word_sums: {num_examples: 800}
   heldout_size: 64
 sft:
   init: random
   architecture: {num_layers: 4, hidden_size: 128, intermediate_size: 256, num_heads: 4}
   learning_rate: 2.0e-3
   batch_size: 32
-  epochs: 4
+  epochs: 2
   precision: fp32
 generate:
   max_new_tokens: 64

@@ -1,7 +1,6 @@
 """Two real iterations with real vLLM, kept from one to the next: `spin run --keep-engine`."""
 
 import json
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,19 @@ def test_iterations_with_vllm(tmp_path: Path) -> None:
         "train.lora.output=adapter",  # evaluate then hands vLLM an adapter
     ]
     words = ["run", str(recipe), "--run", str(run), "--iterations", "2", "--keep-engine", *settings]
-    logs = set(Path(tempfile.gettempdir()).glob("spin-vllm-*"))
-    started: list[int] = []
+    started: list[Process] = []
+
+    def start(*how: Any) -> Process:
+        started.append(Process(*how))
+        return started[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet, "Process", lambda *how: started.append(1) or Process(*how))
+        patch.setattr(fleet, "Process", start)
         result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
-    assert len(started) == 1, "one engine for five stages and three models"
-    assert set(Path(tempfile.gettempdir()).glob("spin-vllm-*")) == logs, "it ended with the run"
+    [engine] = started  # for five stages and three models
+    assert engine.is_dead
+    assert not engine.log_path.exists(), "it ended when it was asked to"
     generate = read_manifest(run / "iterations/000/generate")
     assert generate.info["engine"] == "vllm"
     assert generate.counts["rows"] == generate.counts["prompts"] == 80
