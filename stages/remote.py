@@ -25,7 +25,7 @@ from stages.errors import ConfigError, CorruptError, InputError, NoSpaceError, S
 
 CHUNK_BYTES = 8 * 2**20
 """What is read, hashed and sent at a time; an object up to this size is one request."""
-PART_BYTES = 32 * 2**20
+PART_BYTES = 16 * 2**20
 MAX_PARTS = 9000  # S3 takes 10,000
 _READ_AHEAD = 2
 _LOCAL = ("file", "local")
