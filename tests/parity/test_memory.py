@@ -66,6 +66,15 @@ def assert_same_bits(
         assert torch.equal(ours[1][name], grad), name
 
 
+def sharded_results(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
+    """The results of a model whose layers are sharded over one process."""
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    sums, grads = results(model, shared)
+    return sums, {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors made while it lasts that are still alive, and their peak."""
 
@@ -132,12 +141,7 @@ def test_checkpointing_keeps_every_bit_of_lora(mode: Mode) -> None:
 def test_checkpointing_works_in_sharded_layers(mode: Mode, one_process: None) -> None:
     twin = results(model_with("qwen2", "none"), shared)
     model = model_with("qwen2", mode)
-    mesh = dist.init_device_mesh("cpu", (1,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    sums, grads = results(model, shared)
-    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
-    assert_same_bits((sums, whole), twin)
+    assert_same_bits(sharded_results(model), twin)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -253,9 +257,4 @@ def test_compiled_layers_give_the_same_when_sharded(one_process: None) -> None:
     twin = results(model_with("qwen2", "none"), shared)
     model = model_with("qwen2", "none")
     compile_layers(model)
-    mesh = dist.init_device_mesh("cpu", (1,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    sums, grads = results(model, shared)
-    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
-    assert_same((sums, whole), twin)
+    assert_same(sharded_results(model), twin)

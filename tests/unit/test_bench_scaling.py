@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bench._traces import model_config
 from stages.config import ShardingConfig
 from stages.data.tokens import PairTokens
 from stages.model.attention import ATTENTION_NAME, build_layout
@@ -61,15 +62,8 @@ def toy(bench: ModuleType) -> Any:
 
 def torch_model(shape: Any, *, tied: bool) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        tie_word_embeddings=tied,
-    )
+    config = model_config(shape)
+    config.tie_word_embeddings = tied
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 

@@ -61,6 +61,15 @@ def decide(layout: RunLayout, recipe: Recipe, iteration: int) -> bool:
     return read_decision(out).promoted
 
 
+def decided_run(folder: Path, *accuracies: float) -> tuple[RunLayout, Recipe]:
+    """A run with an iteration for each accuracy, decided one after the other."""
+    layout, recipe = new_run(folder)
+    for iteration, accuracy in enumerate(accuracies):
+        play(layout, iteration, accuracy)
+        decide(layout, recipe, iteration)
+    return layout, recipe
+
+
 def champion(layout: RunLayout) -> str | None:
     pointer = read_pointer(layout.champion)
     return pointer.path if pointer else None
@@ -175,10 +184,7 @@ def test_a_kill_between_decision_and_pointer_is_completed(
 
 
 def test_a_lost_pointer_is_made_again_by_deciding_again(tmp_path: Path) -> None:
-    layout, recipe = new_run(tmp_path)
-    for iteration, accuracy in enumerate([0.7, 0.8]):
-        play(layout, iteration, accuracy)
-        decide(layout, recipe, iteration)
+    layout, recipe = decided_run(tmp_path, 0.7, 0.8)
     layout.champion.unlink()
     decide(layout, recipe, 0)
     decide(layout, recipe, 1)
@@ -186,10 +192,7 @@ def test_a_lost_pointer_is_made_again_by_deciding_again(tmp_path: Path) -> None:
 
 
 def test_a_deleted_decision_is_made_again_against_the_same_champion(tmp_path: Path) -> None:
-    layout, recipe = new_run(tmp_path)
-    for iteration, accuracy in enumerate([0.7, 0.8]):
-        play(layout, iteration, accuracy)
-        decide(layout, recipe, iteration)
+    layout, recipe = decided_run(tmp_path, 0.7, 0.8)
     out = layout.stage(1, "promote")
     key = open_artifact(out).manifest.key
     for file in out.iterdir():
@@ -203,10 +206,7 @@ def test_a_deleted_decision_is_made_again_against_the_same_champion(tmp_path: Pa
 
 
 def test_a_roll_back_is_not_undone_by_deciding_again(tmp_path: Path) -> None:
-    layout, recipe = new_run(tmp_path)
-    for iteration, accuracy in enumerate([0.7, 0.8]):
-        play(layout, iteration, accuracy)
-        decide(layout, recipe, iteration)
+    layout, recipe = decided_run(tmp_path, 0.7, 0.8)
     left, now = promote.rollback(layout)
     assert (left, now.path) == ("iterations/001/train", "iterations/000/train")
     assert [entry.path for entry in now.history] == [
@@ -218,10 +218,7 @@ def test_a_roll_back_is_not_undone_by_deciding_again(tmp_path: Path) -> None:
 
 
 def test_the_one_after_a_roll_back_has_to_beat_the_champion_of_then(tmp_path: Path) -> None:
-    layout, recipe = new_run(tmp_path)
-    for iteration, accuracy in enumerate([0.7, 0.9]):
-        play(layout, iteration, accuracy)
-        decide(layout, recipe, iteration)
+    layout, recipe = decided_run(tmp_path, 0.7, 0.9)
     promote.rollback(layout)
     play(layout, 2, 0.8)
     assert decide(layout, recipe, 2)
