@@ -109,12 +109,12 @@ def _work(job: _Job) -> _Report:
     with _progress(group, job.pairs.manifest.counts["pairs"]) as bar:
         for number, (name, rows) in enumerate(_shards(job.pairs, job.config.shard_rows)):
             ids_hash = sha256_text("\n".join(f"{r['prompt_id']}/{r['pair_index']}" for r in rows))
+            pairs = [pair_tokens(row) for row in rows]
             is_mine = number % group.num_ranks == group.rank
             if is_mine and not job.space.shards.done(name, ids_hash):
-                logprobs = scorer.logprobs([pair_tokens(row) for row in rows])
-                scored = with_reference(rows, logprobs)
+                scored = with_reference(rows, scorer.logprobs(pairs))
                 job.space.shards.write(name, ids_hash, partial(_write, rows=scored))
-            shard_tokens = sum(_row_tokens(row) for row in rows)
+            shard_tokens = sum(len(ids) for pair in pairs for ids in pair)
             tokens += shard_tokens
             names.add(name)
             bar.advance(len(rows), shard_tokens)
@@ -148,8 +148,3 @@ def _shards(pairs: Artifact, shard_rows: int) -> Iterator[tuple[str, list[Row]]]
 def _write(path: Path, rows: list[Row]) -> None:
     with TableWriter(path, SCORED_PAIRS) as table:
         table.extend(rows)
-
-
-def _row_tokens(row: Row) -> int:
-    columns = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
-    return sum(len(row[name]) for name in columns)

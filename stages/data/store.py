@@ -11,8 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.artifacts import read_batches
-
-TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+from stages.data.tokens import TOKEN_COLUMNS
 
 
 @dataclass

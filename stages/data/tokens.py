@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+"""Where rows hold the three lists of `PairTokens`, in its order."""
+
 
 class PairTokens(NamedTuple):
     """Token ids of one pair; every response ends in its EOS, unless it was cut off."""
@@ -14,4 +17,4 @@ class PairTokens(NamedTuple):
 
 def pair_tokens(row: dict[str, Any]) -> PairTokens:
     """Return the token ids of a stored row."""
-    return PairTokens(row["prompt_token_ids"], row["chosen_token_ids"], row["rejected_token_ids"])
+    return PairTokens(*(row[name] for name in TOKEN_COLUMNS))
