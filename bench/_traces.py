@@ -11,7 +11,7 @@ import numpy as np
 from stages.artifacts import Outcome, Plan, TableWriter, Workspace, produce
 from stages.config import PairConfig
 from stages.data.rows import PAIRS
-from stages.data.tokens import PairTokens
+from stages.data.tokens import TOKEN_COLUMNS, PairTokens
 
 MAX_TOKENS = 1024
 """Longest prompt and response together."""
@@ -131,24 +131,27 @@ def gpu_peak(name: str) -> float | None:
     return next((peak for part, peak in GPU_PEAKS if part.lower() in name.lower()), None)
 
 
+NO_TEXT = {
+    "pair_index": 0,
+    "chosen": "",
+    "rejected": "",
+    "chosen_source": "human",
+    "rejected_source": "sample 0",
+    "chosen_reward": None,
+    "rejected_reward": None,
+    "win_probability": None,
+}
+"""What a row of PAIRS holds beside its id and its tokens."""
+
+
 def write_pairs(pairs: Sequence[PairTokens], out: Path) -> None:
     """Write pairs as an artifact of the pair stage."""
-    blank: dict[str, Any] = {
-        "pair_index": 0,
-        "chosen": "",
-        "rejected": "",
-        "chosen_source": "human",
-        "rejected_source": "sample 0",
-        "chosen_reward": None,
-        "rejected_reward": None,
-        "win_probability": None,
-    }
 
     def fill(space: Workspace) -> Outcome:
         with TableWriter(space.file("part-00000.parquet"), PAIRS) as table:
             for number, pair in enumerate(pairs):
-                tokens = {f"{name}_token_ids": ids for name, ids in pair._asdict().items()}
-                table.append({"prompt_id": f"{number:032x}", **blank, **tokens})
+                tokens = dict(zip(TOKEN_COLUMNS, pair, strict=True))
+                table.append({"prompt_id": f"{number:032x}", **NO_TEXT, **tokens})
         return Outcome(counts={"pairs": len(pairs)})
 
     settings = {"pair": PairConfig(max_length=MAX_TOKENS).identity(), "pairs": len(pairs)}

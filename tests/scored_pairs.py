@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bench._traces import NO_TEXT
 from stages import score, train
 from stages.artifacts import Outcome, Plan, TableWriter, produce
 from stages.config import RunConfig, ScoreConfig
@@ -16,17 +17,6 @@ from stages.model.pairs import PairForward
 from stages.model.scoring import score_pairs
 from stages.score import with_reference
 from stages.train import STORED_COLUMNS
-
-NO_TEXT = {
-    "pair_index": 0,
-    "chosen": "",
-    "rejected": "",
-    "chosen_source": "human",
-    "rejected_source": "sample 0",
-    "chosen_reward": None,
-    "rejected_reward": None,
-    "win_probability": None,
-}
 
 
 def random_rows(count: int, seed: int = 0, longest: int = 12) -> list[dict[str, Any]]:
