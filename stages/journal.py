@@ -1,9 +1,9 @@
 """What training leaves behind, step by step: its metrics, its timings, and a line for people."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -18,54 +18,57 @@ if TYPE_CHECKING:  # torch is loaded only when there is something to train
 
 
 class Journal:
-    """Writes metrics.parquet and timings.parquet while it is open, and shows the progress."""
+    """Is told every step of a training."""
 
-    def __init__(
-        self,
-        folder: Path,
-        stage: str,
-        schema: pa.Schema,
-        total_steps: int,
-        row: Callable[["Step"], Row],
-        remark: Callable[["Step"], str],
-    ) -> None:
-        """Write into `folder`; `row` makes a row of `schema`, `remark` is shown of the last."""
-        self._files = ExitStack()
-        self._open = (folder, stage, schema)
-        self._total_steps = total_steps
-        self._row, self._remark = row, remark
-        self.tail: list[Step] = []
-        """The last tenth of the steps, at least one."""
-
-    def __enter__(self) -> "Journal":
-        folder, stage, schema = self._open
-        with ExitStack() as files:
-            self._table = files.enter_context(TableWriter(folder / "metrics.parquet", schema))
-            self._timings = files.enter_context(TimingsWriter(folder / "timings.parquet"))
-            self._bar = files.enter_context(progress(stage, total=self._total_steps, unit="steps"))
-            self._files = files.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._files.__exit__(kind, error, trace)
+    def __init__(self, total_steps: int, write: Callable[["Step"], None] | None = None) -> None:
+        """Write down each step by `write`, if there is one."""
+        self._write = write
+        self._tail: deque[Step] = deque(maxlen=max(1, total_steps // 10))
 
     def add(self, step: "Step") -> None:
-        """Write one step."""
-        self._table.append(self._row(step))
-        self._timings.add(step.step, step.seconds, step.tokens)
-        if step.is_new:
-            self._bar.note(self._remark(step))
-            self._bar.advance(1, step.tokens)
-        else:
-            self._bar.skip(1)
-        self.tail.append(step)
-        del self.tail[: -max(1, self._total_steps // 10)]
+        """Take note of one step."""
+        if self._write is not None:
+            self._write(step)
+        self._tail.append(step)
 
     def tail_mean(self, figure: Callable[["Step"], float]) -> float:
-        """Return the mean of a figure over the tail."""
-        return sum(figure(step) for step in self.tail) / len(self.tail)
+        """Return the mean of a figure over the last tenth of the steps, at least one."""
+        return sum(figure(step) for step in self._tail) / len(self._tail)
+
+
+@contextmanager
+def open_journal(
+    rank: int,
+    folder: Path,
+    stage: str,
+    schema: pa.Schema,
+    total_steps: int,
+    row: Callable[["Step"], Row],
+    remark: Callable[["Step"], str],
+) -> Iterator[Journal]:
+    """Yield a journal that only on rank 0 is written down, and shown as progress.
+
+    Args:
+        folder: where metrics.parquet and timings.parquet are written.
+        row: makes a row of `schema`, for metrics.parquet.
+        remark: is shown of the last step.
+    """
+    if rank > 0:
+        yield Journal(total_steps)
+        return
+    with (
+        TableWriter(folder / "metrics.parquet", schema) as table,
+        TimingsWriter(folder / "timings.parquet") as timings,
+        progress(stage, total=total_steps, unit="steps") as bar,
+    ):
+
+        def write(step: "Step") -> None:
+            table.append(row(step))
+            timings.add(step.step, step.seconds, step.tokens)
+            if step.is_new:
+                bar.note(remark(step))
+                bar.advance(1, step.tokens)
+            else:
+                bar.skip(1)
+
+        yield Journal(total_steps, write)

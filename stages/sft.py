@@ -25,7 +25,7 @@ from stages.data.draw import smallest_by_hash
 from stages.data.rows import PROMPTS, SFT_METRICS, SUPERVISED
 from stages.data.store import build_store, open_store
 from stages.errors import ConfigError, InputError
-from stages.journal import Journal
+from stages.journal import open_journal
 from stages.model.group import Group, Resources, led, open_group, resources, together
 from stages.model.source import ModelSource, resolve_model
 
@@ -170,15 +170,11 @@ def _work(job: _Job) -> _Report:
 
 def _train(job: _Job, group: Group, student: "Learner") -> float:
     """Take all steps, rank 0 writing down each; return the loss over the last tenth."""
-    from stages.model.checkpoints import Checkpoints
-
-    checkpoints = Checkpoints(job.space.shards, job.config.checkpoint.keep)
-    if group.rank > 0:
-        student.train(lambda step: None, checkpoints)
-        return 0.0
     folder, total = job.space.path, student.total_steps
-    with Journal(folder, "sft", SFT_METRICS, total, _metrics_row, _remark) as journal:
-        student.train(journal.add, checkpoints)
+    with open_journal(
+        group.rank, folder, "sft", SFT_METRICS, total, _metrics_row, _remark
+    ) as journal:
+        student.train(journal.add, job.space.shards)
     return journal.tail_mean(lambda step: step.loss)
 
 

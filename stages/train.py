@@ -19,9 +19,10 @@ from stages.artifacts.tables import Row
 from stages.config import ChatConfig, RunConfig, TrainConfig
 from stages.data.chat import chat_fingerprints, make_renderer
 from stages.data.rows import SCORED_PAIRS, TRAIN_METRICS
-from stages.data.store import TOKEN_COLUMNS, build_store, open_store
+from stages.data.store import build_store, open_store
+from stages.data.tokens import TOKEN_COLUMNS
 from stages.errors import ConfigError, DivergedError, InputError
-from stages.journal import Journal
+from stages.journal import open_journal
 from stages.model.base import Base
 from stages.model.group import Group, Resources, led, open_group, resources, together
 from stages.model.source import ModelSource, resolve_model
@@ -221,15 +222,11 @@ def _check_start(player: "Learner", config: TrainConfig, *, must_be_ln2: bool) -
 
 def _train(job: _Job, group: Group, player: "Learner") -> dict[str, float]:
     """Take all steps, rank 0 writing down each; return means over the last tenth."""
-    from stages.model.checkpoints import Checkpoints
-
-    checkpoints = Checkpoints(job.space.shards, job.config.checkpoint.keep)
-    if group.rank > 0:
-        player.train(lambda step: None, checkpoints)
-        return {}
     folder, total = job.space.path, player.total_steps
-    with Journal(folder, "train", TRAIN_METRICS, total, _metrics_row, _remark) as journal:
-        player.train(journal.add, checkpoints)
+    with open_journal(
+        group.rank, folder, "train", TRAIN_METRICS, total, _metrics_row, _remark
+    ) as journal:
+        player.train(journal.add, job.space.shards)
     return {
         "last_loss": journal.tail_mean(lambda step: step.loss),
         "last_accuracy": journal.tail_mean(lambda step: step.metrics["accuracy"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stages.artifacts.shards import ShardStore
 from stages.config import LoraConfig, OptimConfig, SftConfig, TrainConfig
 from stages.data.chat import Renderer
 from stages.data.store import RowStore
@@ -86,17 +87,16 @@ class Learner:
         pairs = [pair_tokens(store.row(i)) for i in rows]
         check_exact(self._forward, pairs, self._config, self._group.highest)
 
-    def train(self, on_step: Callable[[Step], None], checkpoints: Checkpoints | None) -> None:
-        """Take all steps; see `fit`."""
-        tell = on_step if self._group.rank == 0 else _nothing
+    def train(self, on_step: Callable[[Step], None], shards: ShardStore) -> None:
+        """Take all steps, with checkpoints among a workspace's shards; see `fit`."""
         fit(
             self._forward,
             self._objective,
             self._config,
             self._seed,
             self._group,
-            tell,
-            checkpoints,
+            on_step,
+            Checkpoints(shards, self._config.checkpoint.keep),
         )
 
     def save(
@@ -236,7 +236,3 @@ def _open(
     forward = wrap(model)
     shard(forward, group, config.sharding, config.precision)
     return forward
-
-
-def _nothing(step: Step) -> None:
-    """Leave the telling to rank 0."""
