@@ -324,17 +324,13 @@ class _Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._ask)
+                    self._before[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self.restore()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.ask(number)
-
-    def ask(self, number: int) -> None:
+    def ask(self, number: int, frame: FrameType | None = None) -> None:
         """Note the wish to leave; a second one, if it is not the same passed on, is obeyed now."""
         now = time.monotonic()
         if self.asked and now - self._asked_at > SAME_SIGNAL_S:
@@ -344,10 +340,14 @@ class _Interruption:
 
     def leave(self) -> None:
         """Do what the signal would have done, if one came."""
-        if self.asked is None:
-            return
-        self.__exit__()
-        signal.raise_signal(self.asked)
+        if self.asked is not None:
+            self.restore()
+            signal.raise_signal(self.asked)
+
+    def restore(self) -> None:
+        """Let signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _steps_unread(group: Group, config: OptimConfig) -> int:
