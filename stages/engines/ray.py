@@ -44,7 +44,9 @@ BLOCK_ROWS = 32  # answered together by one task, so what a killed worker loses 
 TASKS_AT_ONCE = 32  # of a worker, and as many wait: 1,024 rows are what vLLM decodes at most
 BLOCK_BYTES = 256 << 10
 NUM_HELPERS = 2  # tasks that prepare blocks at a time, and as many that take answers apart
-MAX_TASK_RETRIES = 3  # Ray's own default is without end, also for what kills every worker
+# Ray's own defaults are without end, also where memory never suffices.
+MAX_RESTARTS = 5  # of a worker, in the life of the engine
+MAX_TASK_RETRIES = 3
 STALL_TIMEOUT_S = 3600  # without any answer; a worker may be starting again
 CHECK_TIMEOUT_S = 300
 CLOSE_TIMEOUT_S = 60
@@ -67,6 +69,8 @@ REQUESTS = pa.schema(
 )
 FILLER = -1
 """Index of a request that only fills up a block."""
+VAGUE = "Engine core initialization failed"
+"""What vLLM says of any failure of its own process."""
 WARM_UP = Sampling(temperature=0, top_p=1, top_k=0, max_new_tokens=1, stop_token_ids=())
 
 _log = logging.getLogger("spin")
@@ -445,7 +449,8 @@ def _dataset(requests: Any, arguments: Mapping[str, Any], processes: int, on_cpu
         postprocess_map_kwargs=helpers,
     )
     workers = processor.get_stage_by_name("vLLMEngineStage")
-    workers.map_batches_kwargs["max_task_retries"] = MAX_TASK_RETRIES
+    # Not assigned, which would make the stage forget the placement and ask for GPUs.
+    workers.map_batches_kwargs.update(max_restarts=MAX_RESTARTS, max_task_retries=MAX_TASK_RETRIES)
     source = ray.data.read_datasource(_make_source(requests), num_cpus=0, override_num_blocks=1)
     return processor(source)
 
@@ -571,25 +576,30 @@ def lacks(model: str) -> str | None:
 
 def _raise_cause(error: Exception) -> NoReturn:
     cause = cause_of(str(error))
-    if "Engine core initialization failed" in cause:  # said in the log of a worker's process
+    if VAGUE in cause:  # the reason is said in the log of a worker's process
         time.sleep(2.0)  # until it has come
         log = Path("/proc/self/fd/2").resolve()
         cause = cause_of(log.read_text(errors="replace") if log.is_file() else "") or cause
+    if not cause and "died unexpectedly" in str(error):
+        cause = (
+            "a worker died again and again, as it does when memory runs out; free some, or lower "
+            "engine.max_num_seqs"
+        )
     raise WorkerError(cause or f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 def cause_of(text: str) -> str:
     """Return the error with which a text of nested tracebacks begins, or nothing."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    wrappers = {"RayTaskError", "ActorDiedError", "UserCodeException", "RayActorError"}
-    errors = re.findall(r"(?m)(?:^|[\s.])([A-Z]\w*(?:Error|Exception)): *(\S.*)$", text)
-    for name, words in errors:
-        if name not in wrappers and "Engine core initialization failed" not in words:
-            return f"{name}: {' '.join(words.split())[:500]}"
-    for name, words in errors:
-        if name not in wrappers:
-            return f"{name}: {words}"
-    return ""
+    errors = [
+        f"{name}: {' '.join(words.split())[:500]}"
+        for name, words in re.findall(
+            r"(?m)(?:^|[\s.])([A-Z]\w*(?:Error|Exception)): *(\S.*)$", text
+        )
+        if name not in ("RayTaskError", "ActorDiedError", "RayActorError", "UserCodeException")
+    ]
+    telling = (error for error in errors if VAGUE not in error)
+    return next(telling, errors[0] if errors else "")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,13 @@
 """Ray against the plain vLLM engine, on a real cluster of two workers on this machine."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
@@ -22,7 +24,7 @@ from stages.engines import ray as engine_ray
 from stages.engines.base import Completion, Engine, Request, Sampling
 from stages.engines.ray import BLOCK_ROWS, FILLER, RayEngine, cause_of, finish_reason, lacks
 from stages.engines.vllm import sampling_arguments
-from stages.errors import ConfigError, InputError
+from stages.errors import ConfigError, EngineError, InputError
 from stages.generate import GenerateInputs
 from tests.conftest import CHAT_TEMPLATE, SENTENCES
 from tests.pipeline.test_generate import make_data, questions, rows_of
@@ -267,6 +269,31 @@ class TestReal:
         assert len(processes) == 2
         assert not any(map(is_alive, processes))
         assert temporary() == before
+
+    def test_workers_that_die_again_and_again_end_it_with_a_reason(self, model_dir: Path) -> None:
+        engine, over = start(model_dir, processes=1), threading.Event()
+
+        def kill() -> None:
+            while not over.wait(1.0):
+                for pid in workers(engine):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        requests = [Request(f"r{i}", [1 + i % 250], i) for i in range(5_000)]
+        try:
+            answers = engine.generate(requests, GREEDY)
+            next(answers)
+            killer.start()
+            with pytest.raises(EngineError, match="a worker died again and again.*its log: "):
+                list(answers)
+        finally:
+            over.set()
+            killer.join()
+            logs = [path for path in temporary() if path.suffix == ".log"]
+            engine.close()
+            for log in logs:
+                log.unlink()
 
     @pytest.mark.parametrize(
         ("settings", "message"),
