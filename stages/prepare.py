@@ -18,12 +18,11 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from stages.artifacts import (
     Manifest,
@@ -533,8 +532,8 @@ def _write(workspace: Workspace, sorted_rows: Path, limits: _Limits) -> dict[str
     """Write all parts in the order of prompt ids, and count."""
     counts = Counter[str]()
     with (
-        _Parts(workspace, "train") as train,
-        _Parts(workspace, "heldout") as heldout,
+        closing(_Parts(workspace, "train")) as train,
+        closing(_Parts(workspace, "heldout")) as heldout,
         TableWriter(workspace.file("dropped.parquet"), DROPPED) as dropped,
     ):
         parts = {"train": train, "heldout": heldout}
@@ -582,7 +581,7 @@ class _Parts:
 
     def append(self, row: _Row) -> None:
         if self._writer is None or self._num_rows == PART_ROWS:
-            self._close()
+            self.close()
             path = self._workspace.file(f"{self._name}-{self._num_files:05d}.parquet")
             self._writer = TableWriter(path, PROMPTS)
             self._num_files += 1
@@ -598,18 +597,7 @@ class _Parts:
             }
         )
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
