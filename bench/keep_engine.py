@@ -127,8 +127,13 @@ def tokens(run: Path, iterations: int) -> dict[tuple[int, str], list[int]]:
 def show(arms: dict[str, dict[str, Any]], same: float) -> None:
     for name, arm in arms.items():
         each = "  ".join(f"{seconds:6.1f}" for seconds in arm["seconds_an_iteration"])
-        print(f"{name:>5}: {each}  mean {arm['mean_seconds_an_iteration']:6.1f} s an iteration, "
-              f"{arm['total_seconds']:.1f} s in all, {arm['cpu_seconds']:.1f} s of processors")  # fmt: skip
+        mean, total, cpu = (
+            arm[key] for key in ("mean_seconds_an_iteration", "total_seconds", "cpu_seconds")
+        )
+        print(
+            f"{name:>5}: {each}  mean {mean:6.1f} s an iteration, {total:.1f} s in all, "
+            f"{cpu:.1f} s of processors"
+        )
     ratio = arms["cold"]["mean_seconds_an_iteration"] / arms["kept"]["mean_seconds_an_iteration"]
     print(f"kept iterations are {ratio:.2f} times as fast; {100 * same:.1f}% of the rows are equal")
 
