@@ -197,7 +197,8 @@ class RayBackend:
         """Import Ray and vLLM."""
         os.chdir("/")  # workers import from the current directory too
         import ray.data.llm  # noqa: F401
-        import vllm  # noqa: F401
+
+        checked_extra({})  # vLLM's one importer
 
     def start(self, arguments: Mapping[str, Any]) -> dict[str, int]:
         """Connect to the cluster and start the workers.
