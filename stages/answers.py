@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -36,6 +35,7 @@ from stages.progress import Progress, progress
 WAIT_S = 1.0
 """Between two looks at shards that other workers hold."""
 POLL_S = 0.05
+SAY_EVERY_S = 60.0
 MOST_WRITING = 2
 """Shards that are complete and not on the disk yet."""
 SAMPLE_CHARS = 300
@@ -216,7 +216,11 @@ class _Desk:
         self._writing = deque[Future[None]]()
         self._tally = _Tally()
         self._show_every_s, self._shown_s = show_samples_every_s, time.monotonic()
+        self._say_s = time.monotonic() + SAY_EVERY_S
+        self._num_open = 0
+        """Rows without an answer in the shards that were begun."""
         bar.note(self._tally.line)
+        interruption.on_first = self._say_what_is_open
 
     def wait(self) -> bool:
         """Wait until there is a shard for us, True; or all are done, or the user stops us."""
@@ -226,6 +230,7 @@ class _Desk:
             if not self._todo:
                 return False
             self._bar.show()
+            self._say_what_is_missing()
             self._interruption.wait(WAIT_S)
         return False
 
@@ -233,6 +238,7 @@ class _Desk:
         """Yield the requests of all shards that can be had, each claimed when it is come to."""
         while self._claimed or (not self._interruption.asked and self._claim()):
             shard = self._asked.open(self._claimed.popleft())
+            self._num_open += shard.missing
             for row, request in shard.requests():
                 self._in_flight[request.request_id] = shard, row
                 yield request
@@ -241,6 +247,7 @@ class _Desk:
         """Keep an answer; with a shard's last one, write the shard."""
         shard, row = self._in_flight.pop(answer.request_id)
         shard.take(row, answer)
+        self._num_open -= 1
         self._tally.count(answer)
         if not shard.missing:
             self._await_writes(MOST_WRITING - 1)
@@ -256,13 +263,24 @@ class _Desk:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._writer.shutdown()  # what is complete is kept, whatever happened
+
+    def _say_what_is_missing(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._say_s:
+            self._say_s = now_s + SAY_EVERY_S
+            name = self._asked.name(self._todo[0])
+            log.info(
+                "%d shards are others' work; %s is held by %s",
+                len(self._todo), name, self._claims.holder(name),
+            )  # fmt: skip
+
+    def _say_what_is_open(self) -> None:
+        log.warning(
+            "finishing the open shards first, %d rows; Ctrl-C again stops at once and loses them",
+            self._num_open,
+        )
 
     def _claim(self) -> bool:
         """Claim the first shard that is neither done nor somebody else's."""
@@ -294,11 +312,15 @@ class _Desk:
 
     def _write(self, shard: OpenShard) -> None:
         name = self._asked.name(shard.number)
-        self._store.write(
-            name,
-            self._asked.ids_hash(shard.number),
-            lambda path: shard.write(path, self._renderer),
-        )
+        if self._claims.still_holds(name):
+            self._store.write(
+                name,
+                self._asked.ids_hash(shard.number),
+                lambda path: shard.write(path, self._renderer),
+            )
+        else:
+            log.warning("%s was taken over while this machine hung; it is left to them", name)
+            self._todo.append(shard.number)
         self._claims.release(name)
 
     def _show(self, shard: OpenShard, row: int, answer: Completion) -> None:
@@ -348,6 +370,8 @@ class _Interruption:
 
     def __init__(self) -> None:
         self.asked = False
+        self.on_first: Callable[[], None] = lambda: None
+        """What is done when Ctrl-C comes for the first time."""
         self._before: Any = None
 
     def wait(self, seconds: float) -> None:
@@ -367,12 +391,7 @@ class _Interruption:
             self._before = signal.signal(signal.SIGINT, self._ask)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
@@ -380,7 +399,7 @@ class _Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        log.warning("finishing the open shards first; Ctrl-C again stops at once and loses them")
+        self.on_first()
 
 
 def _start_of(text: str) -> str:

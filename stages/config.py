@@ -328,7 +328,7 @@ class GenerateConfig(SamplingConfig):
     """Answer only this many prompts, drawn by seed and iteration; None answers all."""
     shard_rows: Count | None = _place(None)
     """Rows a shard: what a kill can cost at most, and what one worker takes at a time. None: a
-    32nd of all, but 128 at least and 2,048 at most."""
+    32nd of all, but 128 at least and 2,048 at most. What an attempt began with holds to its end."""
     join: bool = _place(False)
     """Where another process is answering these prompts for the same place, help it."""
     show_samples_every_s: Positive | None = _place(None)

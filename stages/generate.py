@@ -27,7 +27,7 @@ from stages.artifacts import (
     read_batches,
     run_root,
 )
-from stages.artifacts.keys import sha256_file, sha256_text
+from stages.artifacts.keys import sha256_text
 from stages.artifacts.shards import ASIDE
 from stages.config import GenerateConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 RENDERED_NAME = f"{ASIDE}/prompts.parquet"
+RENDERED_IDS = sha256_text("all prompts")
 DROPPED_NAME = "dropped.parquet"
 MOST_SHARD_ROWS = 2048
 LEAST_SHARD_ROWS = 128
@@ -105,7 +106,7 @@ def run(
         plan,
         lambda space: _fill(space, work),
         resumable=True,
-        assist=(lambda space: _assist(space, work)) if config.generate.join else None,
+        assist=_Assistant(work).assist if config.generate.join else None,
     )
 
 
@@ -129,7 +130,7 @@ class _Work:
 
     @cached_property
     def prompts_per_shard(self) -> int:
-        """Number of prompts a shard; decided by data and recipe alone, so alike for all workers."""
+        """Number of prompts a shard; what whoever renders them decides, holds for the attempt."""
         planned = count_rows(self.data.files("train-"))
         planned = min(planned, self.generate.max_prompts or planned)
         rows = -(-planned * self.generate.num_samples // WANTED_SHARDS)
@@ -138,7 +139,7 @@ class _Work:
 
 
 def _fill(space: Workspace, work: _Work) -> Outcome:
-    if not _is_rendered(space, work):
+    if not _is_rendered(space):
         _render(space, work)
     asked = _asked(space, work)
     _answer(space, asked, work)
@@ -146,6 +147,7 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
     parts = [asked.name(number) for number in range(asked.num_shards)]
     shards = [space.path / name for name in parts]
     counts, metrics, info, tokens = _summary(shards)
+    assert counts["rows"] == asked.num_rows, f"{counts['rows']} of {asked.num_rows} rows"
     parity = _check_parity(shards, work)
     return Outcome(
         counts={"prompts": asked.num_prompts, **counts, **dropped},
@@ -161,25 +163,32 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
     )
 
 
-def _assist(space: Workspace, work: _Work) -> None:
-    """Answer what another process has rendered and nobody has answered."""
-    if _is_rendered(space, work):
-        _answer(space, _asked(space, work), work)
+@dataclass
+class _Assistant:
+    """Answers what another process has rendered and nobody has answered."""
+
+    work: _Work
+    is_done: bool = False
+
+    def assist(self, space: Workspace) -> None:
+        """Return when all is answered; the next time at once."""
+        if not self.is_done and _is_rendered(space):
+            _answer(space, _asked(space, self.work), self.work)
+            self.is_done = True
 
 
-def _is_rendered(space: Workspace, work: _Work) -> bool:
-    names = (RENDERED_NAME, DROPPED_NAME)
-    return all(space.shards.done(name, _division(work)) for name in names)
-
-
-def _division(work: _Work) -> str:
-    return sha256_text(f"prompts/{work.prompts_per_shard}")
+def _is_rendered(space: Workspace) -> bool:
+    """Tell whether prompts are rendered, in whatever division into shards."""
+    return all(space.shards.done(name, RENDERED_IDS) for name in (RENDERED_NAME, DROPPED_NAME))
 
 
 def _asked(space: Workspace, work: _Work) -> Asked:
-    path = space.path / RENDERED_NAME
     return Asked(
-        path, sha256_file(path), work.generate.num_samples, work.config.seed, work.iteration
+        space.path / RENDERED_NAME,
+        space.shards.digest(RENDERED_NAME),
+        work.generate.num_samples,
+        work.config.seed,
+        work.iteration,
     )
 
 
@@ -198,9 +207,9 @@ def _render(space: Workspace, work: _Work) -> None:
             ):
                 _render_all(work, table, left_out)
 
-        space.shards.write(DROPPED_NAME, _division(work), write_dropped)
+        space.shards.write(DROPPED_NAME, RENDERED_IDS, write_dropped)
 
-    space.shards.write(RENDERED_NAME, _division(work), write_both)
+    space.shards.write(RENDERED_NAME, RENDERED_IDS, write_both)
 
 
 def _render_all(work: _Work, table: TableWriter, left_out: TableWriter) -> None:

@@ -15,6 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A test's time says more of the machine's other work than of the test.
+settings.register_profile("spin", deadline=None)
+settings.load_profile("spin")
 
 SENTENCES = (
     "user: Ann has 12 cups, buys 7. How many?",

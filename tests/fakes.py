@@ -17,9 +17,16 @@ class FakeEngine:
     """Answers with tokens and log-probabilities made of the seed; every fifth is cut off."""
 
     def __init__(
-        self, kill_after: int | None = None, delay_s: float = 0.0, window: int = WINDOW
+        self,
+        kill_after: int | None = None,
+        delay_s: float = 0.0,
+        window: int = WINDOW,
+        gate: Path | None = None,
+        gate_after: int = 0,
     ) -> None:
+        """Answer `gate_after` requests, and the others once there is a file at `gate`."""
         self._kill_after, self._delay_s, self._window = kill_after, delay_s, window
+        self._gate, self._gate_after = gate, gate_after
         self.answered = 0
         self.most_held = 0
         self.closed = False
@@ -34,6 +41,8 @@ class FakeEngine:
         while window := list(islice(source, self._window)):
             for request in reversed(window):
                 time.sleep(self._delay_s)
+                while self._gate and self.answered >= self._gate_after and not self._gate.exists():
+                    time.sleep(0.02)
                 if self.answered == self._kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
                 self.answered += 1

@@ -2,16 +2,18 @@
 
 A claim is a kernel lock on a file, and a lease written into that file: a number that its holder
 raises every few seconds while it lives. Between the processes of one machine the lock alone
-decides. Between machines a file system may not carry locks, or go on holding those of a machine
-that died; there the lease decides: one that has stood still for `LEASE_S`, by the watcher's own
-monotonic clock, is void. No file's time is looked at, and no two machines' clocks are compared.
+decides. A file server may go on holding the locks of a machine that died; there the lease decides:
+one that has stood still for `LEASE_S`, by the watcher's own monotonic clock, is void. No file's
+time is looked at, and no two machines' clocks are compared.
 
-Should two workers hold one shard after all, both make the same rows and the later file replaces
-the earlier one whole: work is lost, and nothing else.
+A holder that was passed over, such as one that hung, notices when its lease is next due and drops
+the shard. Should it write it before, the later file replaces the earlier one whole, as long as the
+workspace is open; see `produce`.
 """
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -19,13 +21,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from stages.artifacts import locks
 
 BEAT_S = 5.0
 LEASE_S = 60.0
+LEASE_BYTES = 512
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -39,7 +41,9 @@ def machine_id() -> str:
 @dataclass
 class _Held:
     descriptor: int
+    token: str
     beats: int = 0
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,20 @@ class Claims:
         Raises:
             FileNotFoundError: the folder is gone.
         """
-        path = self._folder / f"{name}.claim"
+        path = self._path(name)
         descriptor = locks.open_lock(path)
-        if not self._may_take(name, descriptor, path):
+        try:
+            taken = self._may_take(name, descriptor, path)
+        except BaseException:
+            locks.close_lock(descriptor)
+            raise
+        if not taken:
             locks.close_lock(descriptor)
             return False
         self._seen.pop(name, None)
         with self._guard:
-            self._held[name] = _Held(descriptor)
+            # Not the process's number: a container that starts again may have the same.
+            self._held[name] = _Held(descriptor, secrets.token_hex(8))
             self._beat(self._held[name])
         if self._beater is None:
             self._beater = threading.Thread(target=self._keep_beating, daemon=True)
@@ -103,25 +113,39 @@ class Claims:
         """Give a claim back, for others to take at once."""
         with self._guard:
             held = self._held.pop(name)
-            locks.write_note(held.descriptor, b"")
+            if not held.lost:
+                locks.write_note(held.descriptor, b"")
             locks.close_lock(held.descriptor)
+
+    def still_holds(self, name: str) -> bool:
+        """Tell whether a claim that was taken has not been passed over since, as far as is seen."""
+        with self._guard:
+            held = self._held[name]
+            self._check(held)
+            return not held.lost
+
+    def holder(self, name: str) -> str:
+        """Return who has a claim, in words."""
+        try:
+            lease = json.loads(self._path(name).read_bytes())
+            return f"process {lease['pid']} on {lease['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.claim"
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         for name in list(self._held):
             self.release(name)
 
     def _may_take(self, name: str, descriptor: int, path: Path) -> bool:
         locked = locks.try_lock(descriptor, path)
-        lease = os.pread(descriptor, 4096, 0)
+        lease = os.pread(descriptor, LEASE_BYTES, 0)
         machine = _machine_of(lease)
         if machine is None or machine == self._machine:
             return locked  # never held, given back, or its holder's lock has ended with it
@@ -138,7 +162,15 @@ class Claims:
         while not self._ended.wait(self._beat_s):
             with self._guard:
                 for held in self._held.values():
-                    self._beat(held)
+                    self._check(held)
+                    if not held.lost:
+                        self._beat(held)
+
+    def _check(self, held: _Held) -> None:
+        """Note where another machine has taken what we hold."""
+        with suppress(OSError):
+            lease = os.pread(held.descriptor, LEASE_BYTES, 0)
+            held.lost = held.lost or _machine_of(lease) not in (None, self._machine)
 
     def _beat(self, held: _Held) -> None:
         held.beats += 1
@@ -146,9 +178,13 @@ class Claims:
             "machine": self._machine,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "token": held.token,
             "beats": held.beats,
         }
-        locks.write_note(held.descriptor, json.dumps(lease).encode())
+        # Of one length, so that a reader never meets the end of an older one.
+        locks.write_note(held.descriptor, json.dumps(lease).encode().ljust(LEASE_BYTES))
+        with suppress(OSError):
+            os.fdatasync(held.descriptor)  # or a file server may hear of it after half a minute
 
 
 def _machine_of(lease: bytes) -> str | None:

@@ -71,6 +71,8 @@ log = logging.getLogger("spin")
 
 RUN_MARK = "run.json"
 ASSIST_EVERY_S = 0.5
+MOST_PAUSE_S = 3.0
+SAY_EVERY_S = 60.0
 _SHOWN_CHARS = 40
 _NOT_FREE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 # The libraries whose version can change a result.
@@ -170,7 +172,9 @@ def produce(
     """
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))
+    assert resumable or assist is None, "who assists makes shards that must be kept"
     check_outside_artifacts(out)
+    waited = _Wait(plan.stage, out)
     while True:
         with ExitStack() as held:
             try:
@@ -181,8 +185,9 @@ def produce(
             else:
                 with writing(out):
                     return _make(out, plan, fill, resumable)
+        waited.say()
         _assist(out, plan, assist)
-        time.sleep(ASSIST_EVERY_S)
+        waited.sleep()
 
 
 def _make(out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable: bool) -> Manifest:
@@ -191,16 +196,78 @@ def _make(out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable
     if existing is not None:
         log.info("%s: already done (%s)", plan.stage, out)
         return existing
-    partial = _partial(out, plan)
-    _note_other_attempts(out, partial)
-    if not _is_whole(partial, plan):  # else killed between the manifest and the rename
-        leftovers = _clear(partial, plan, keep_shards=resumable)
+    attempt = _Attempt.of(out, plan.attempt_key)
+    _note_other_attempts(out, attempt.stem)
+    if not _is_whole(attempt.closed, plan):  # else killed between the manifest and the rename
+        attempt.reopen()
+        leftovers = _clear(attempt.partial, plan, keep_shards=resumable)
         try:
-            _fill(partial, plan, fill, leftovers)
+            _fill(attempt, plan, fill, leftovers)
         except BaseException:
-            _give_back_room(partial, plan, keep_shards=resumable)
+            with suppress(OSError):  # the failure itself is what to tell
+                attempt.reopen()
+            _give_back_room(attempt.partial, plan, keep_shards=resumable)
             raise
-    return _publish(partial, out)
+    manifest = _publish(attempt.closed, out)
+    shutil.rmtree(attempt.notes, ignore_errors=True)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """The folders of an attempt, beside the place of its artifact.
+
+    Workers write into `partial`, by its name. Before its files are listed and hashed it is closed,
+    which is to say renamed: a worker who comes late, or hung and goes on, finds nothing there.
+    """
+
+    stem: str
+    partial: Path
+    closed: Path
+    notes: Path
+    """The notes of the shards, while the rest is closed."""
+
+    @classmethod
+    def of(cls, out: Path, key: str) -> "_Attempt":
+        stem = f".{out.name}.{key[:16]}."
+        partial, closed, notes = (
+            out.parent / f"{stem}{name}partial" for name in ("", "closed.", "notes.")
+        )
+        return cls(stem, partial, closed, notes)
+
+    def close(self) -> None:
+        """Shut all other workers out."""
+        self.partial.rename(self.closed)
+        (self.closed / SHARD_NOTES).rename(self.notes)
+
+    def reopen(self) -> None:
+        """Undo `close`, as far as it came, after a failure or a kill."""
+        if self.closed.is_dir():
+            if self.notes.is_dir():
+                self.notes.rename(self.closed / SHARD_NOTES)
+            self.closed.rename(self.partial)
+        shutil.rmtree(self.notes, ignore_errors=True)  # of an attempt that was committed
+
+
+class _Wait:
+    """Waits for the process that makes an artifact, and says so now and then."""
+
+    def __init__(self, stage: str, out: Path) -> None:
+        self._stage, self._out = stage, out
+        self._next_s = time.monotonic()
+        self._pause_s = ASSIST_EVERY_S
+
+    def say(self) -> None:
+        """Say who makes it, when first asked and every minute."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + SAY_EVERY_S
+            who = locks.holder(locks.lock_path(self._out))
+            log.info("%s: %s is being made by %s; helping", self._stage, self._out, who)
+
+    def sleep(self) -> None:
+        """Pause, longer each time up to some seconds."""
+        time.sleep(self._pause_s)
+        self._pause_s = min(1.5 * self._pause_s, MOST_PAUSE_S)
 
 
 def receive(out: Path, data: bytes, source: str, fill: Callable[[Path], None]) -> bool:
@@ -233,8 +300,9 @@ def receive(out: Path, data: bytes, source: str, fill: Callable[[Path], None]) -
             check_listing(out, manifest)
             return False
         _check_free(out)
-        partial = out.parent / f".{out.name}.{sha256_bytes(data)[:16]}.partial"
-        _note_other_attempts(out, partial)
+        attempt = _Attempt.of(out, sha256_bytes(data))
+        partial = attempt.partial
+        _note_other_attempts(out, attempt.stem)
         make_folder(partial)
         _delete_all_but(partial, _received(partial, manifest))
         _check_room(partial, manifest)
@@ -313,13 +381,15 @@ def _assist(out: Path, plan: Plan, assist: Callable[[Workspace], None]) -> None:
         ConfigError: it is being made with other settings or from other inputs.
     """
     lock = locks.lock_path(out)
-    attempt = locks.purpose_of_holder(lock)
-    if attempt not in (None, "", plan.attempt_key):
-        raise ConfigError(
-            f"{out} is being made with other settings or inputs by {locks.holder(lock)}; give the "
-            "same ones, or name another --out"
-        )
-    partial = _partial(out, plan)
+    purpose = locks.purpose_of_holder(lock)
+    if purpose not in (None, "", plan.attempt_key):
+        time.sleep(ASSIST_EVERY_S)  # it may be a killed holder's, and the new one's is to come
+        if locks.purpose_of_holder(lock) == purpose:
+            raise ConfigError(
+                f"{out} is being made with other settings or inputs by {locks.holder(lock)}; give "
+                "the same ones, or name another --out"
+            )
+    partial = _Attempt.of(out, plan.attempt_key).partial
     if not (partial / SHARD_NOTES).is_dir():
         return  # it has not begun, or has just ended
     try:
@@ -327,13 +397,9 @@ def _assist(out: Path, plan: Plan, assist: Callable[[Workspace], None]) -> None:
             if admitted:
                 assist(Workspace(partial, ShardStore(partial, plan.attempt_key)))
     except OSError:
-        if partial.is_dir() and not (partial / MANIFEST_NAME).exists():
+        if partial.is_dir():
             raise
-        # else it is being committed: what we looked for, or were making, is not needed any more
-
-
-def _partial(out: Path, plan: Plan) -> Path:
-    return out.parent / f".{out.name}.{plan.attempt_key[:16]}.partial"
+        # else it was closed: what we looked for, or were making, is not needed any more
 
 
 def run_root(out: Path) -> Path | None:
@@ -432,9 +498,9 @@ def _short(value: Any) -> str:
     return f"{text[: _SHOWN_CHARS - 3]}... (SHA-256 {sha256_text(text)[:8]})"
 
 
-def _note_other_attempts(out: Path, partial: Path) -> None:
+def _note_other_attempts(out: Path, stem: str) -> None:
     for other in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
-        if other != partial:
+        if not other.name.startswith(stem):
             log.warning(
                 "%s holds an unfinished attempt with other settings or inputs; "
                 "delete it if it is not needed",
@@ -448,7 +514,6 @@ def _is_whole(partial: Path, plan: Plan) -> bool:
         return False
     try:
         manifest = read_manifest(partial)
-        shutil.rmtree(partial / SHARD_NOTES, ignore_errors=True)
         check_listing(partial, manifest)
         for entry in manifest.files:
             check_file(partial / entry.path, entry)
@@ -500,23 +565,26 @@ def _delete_all_but(root: Path, keep: set[str]) -> None:
 
 
 def _fill(
-    partial: Path, plan: Plan, fill: Callable[[Workspace], Outcome], leftovers: set[str]
+    attempt: _Attempt, plan: Plan, fill: Callable[[Workspace], Outcome], leftovers: set[str]
 ) -> None:
-    """Run `fill`, flush what it wrote, and write the manifest last."""
+    """Run `fill`, close the attempt, flush what is in it, and write the manifest last."""
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _reset_peak_memory()
     start = time.monotonic()
-    workspace = Workspace(partial, ShardStore(partial, plan.attempt_key))
+    workspace = Workspace(attempt.partial, ShardStore(attempt.partial, plan.attempt_key))
     outcome = fill(workspace)
     _check_metrics(plan.stage, outcome)
+    store = workspace.shards
+    digests = {name: store.digest(name) for name in store.noted()}
+    attempt.close()
+    folder = attempt.closed
     for relative in leftovers - workspace.shards.named:
-        (partial / relative).unlink(missing_ok=True)
-    for unfinished in partial.rglob(temporary_path(Path("*")).name):
+        (folder / relative).unlink(missing_ok=True)
+    for unfinished in folder.rglob(temporary_path(Path("*")).name):
         unfinished.unlink(missing_ok=True)  # of a worker that died, or does what is done already
     files = [
-        _file_entry(partial, relative, relative in outcome.volatile)
-        for relative in files_below(partial)
-        if not relative.startswith(f"{SHARD_NOTES}/")
+        _file_entry(folder, relative, relative in outcome.volatile, digests.get(relative))
+        for relative in files_below(folder)
     ]
     found = {entry.path for entry in files}
     assert MANIFEST_NAME not in found, f"{plan.stage} wrote a {MANIFEST_NAME} of its own"
@@ -542,20 +610,34 @@ def _fill(
             tokens=outcome.tokens,
         ),
     )
-    for folder in [p for p in partial.rglob("*") if p.is_dir()]:
-        fsync_path(folder)
-    replace_text(partial / MANIFEST_NAME, manifest.to_text())
+    for inner in [p for p in folder.rglob("*") if p.is_dir()]:
+        fsync_path(inner)
+    replace_text(folder / MANIFEST_NAME, manifest.to_text())
 
 
-def _file_entry(partial: Path, relative: str, volatile: bool) -> FileEntry:
-    path = partial / relative
+def _file_entry(folder: Path, relative: str, volatile: bool, noted: str | None) -> FileEntry:
+    """Return what the manifest says of a file.
+
+    Args:
+        noted: its SHA-256 when it was written, where that is known.
+
+    Raises:
+        CorruptError: it is not what was written.
+    """
+    path = folder / relative
     # safetensors leaves 0600, which another user's evaluation cannot read: the folder's umask rules
     path.chmod(path.parent.stat().st_mode & 0o666)
     fsync_path(path)
+    digest = sha256_file(path)
+    if noted not in (None, digest):
+        raise CorruptError(
+            f"{path} was damaged since it was written; run the same command again: it alone is "
+            "made anew"
+        )
     return FileEntry(
         path=relative,
         size_bytes=path.stat().st_size,
-        sha256=sha256_file(path),
+        sha256=digest,
         rows=pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None,
         volatile=volatile,
     )
@@ -572,7 +654,6 @@ def _check_metrics(stage: str, outcome: Outcome) -> None:
 
 def _publish(partial: Path, out: Path) -> Manifest:
     manifest = read_manifest(partial)
-    shutil.rmtree(partial / SHARD_NOTES, ignore_errors=True)
     try:
         check_listing(partial, manifest)
     except CorruptError:

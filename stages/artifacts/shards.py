@@ -76,10 +76,20 @@ class ShardStore:
     def noted(self) -> set[str]:
         """Return the relative paths of shards that have a note; their bytes are not read."""
         notes = self.root / SHARD_NOTES
+        # os.walk passes over folders that vanish, such as other workers' scratch.
         names = {
-            p.relative_to(notes).as_posix().removesuffix(".json") for p in notes.rglob("*.json")
+            (Path(folder, name).relative_to(notes)).as_posix().removesuffix(".json")
+            for folder, _, files in os.walk(notes)
+            for name in files
+            if name.endswith(".json")
         }
         return {n for n in names if self._read_note(n) is not None and (self.root / n).is_file()}
+
+    def digest(self, relative: str) -> str:
+        """Return the SHA-256 that a finished shard had when it was written."""
+        note = self._read_note(relative)
+        assert note is not None, f"{relative} is finished"
+        return note["sha256"]
 
     def valid(self) -> set[str]:
         """Return the relative paths of shards whose bytes match their note."""

@@ -20,7 +20,8 @@ def work(job: dict[str, Any]) -> None:
     with Path(job["log"]).open("wb") as log:
         os.dup2(log.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    engine = FakeEngine(job["kill_after"], job["delay_s"], window=16)
+    gate = Path(job["gate"]) if job["gate"] else None
+    engine = FakeEngine(job["kill_after"], job["delay_s"], 16, gate, job["gate_after"])
     set_up_messages()
     try:
         with reported():

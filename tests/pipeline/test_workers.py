@@ -1,11 +1,12 @@
 """Several workers make one generate artifact: the same rows for any number, whoever dies."""
 
+import json
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -71,8 +72,13 @@ class Workers:
         self.started: list[Worker] = []
 
     def start(
-        self, kill_after: int | None = None, delay_s: float = 0.01, **settings: Any
+        self,
+        kill_after: int | None = None,
+        delay_s: float = 0.01,
+        gate_after: int | None = None,
+        **settings: Any,
     ) -> Worker:
+        """Start one; with `gate_after` it answers no more than so many rows until `open_gate`."""
         generate = {
             "max_new_tokens": 12, "num_samples": SAMPLES, "shard_rows": SHARD_ROWS, "join": True,
             "parity": {"rows": 0},
@@ -83,11 +89,30 @@ class Workers:
             "model": str(self.model), "data": str(self.data), "out": str(self.out),
             "kill_after": kill_after, "delay_s": delay_s, "config": {"generate": generate},
             "log": str(log), "answered": str(answers),
+            "gate": None if gate_after is None else str(self.gate), "gate_after": gate_after or 0,
         }  # fmt: skip
         worker = Worker(self.context.Process(target=work, args=(job,)), log, answers)
         worker.process.start()
         self.started.append(worker)
         return worker
+
+    @property
+    def gate(self) -> Path:
+        return self.out.parent / f"{self.out.name}.gate"
+
+    def open_gate(self) -> None:
+        self.gate.touch()
+
+    def wait_for_claims_of(self, worker: Worker) -> None:
+        """Wait until a worker has begun to answer."""
+        wait_until(lambda: worker.process.pid in self.holders(), worker.log)
+
+    def holders(self) -> set[int]:
+        found = set()
+        for claim in self.out.parent.glob(f".{self.out.name}.*.partial/.shards/claims/*.claim"):
+            with suppress(OSError, ValueError):
+                found.add(int(json.loads(claim.read_text())["pid"]))
+        return found
 
     def answered(self) -> int:
         """Wait for all; return how many rows were answered by those that ended well."""
@@ -100,10 +125,14 @@ class Workers:
         return list(self.out.parent.glob(f".{self.out.name}.*.partial/part-*.parquet"))
 
     def wait_for_shards(self, count: int) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while len(self.shards()) < count:
-            assert time.monotonic() < deadline, "no shard was finished"
-            time.sleep(0.02)
+        wait_until(lambda: len(self.shards()) >= count, self.started[0].log)
+
+
+def wait_until(condition: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
 
 
 Gather = Callable[[Path], AbstractContextManager[Workers]]
@@ -149,9 +178,12 @@ def test_any_number_of_workers_makes_the_same_artifact(
 ) -> None:
     out = tmp_path / "out"
     with workers(out) as group:
-        for _ in range(count):
-            group.start()
+        # Each waits after one answer until two at least have begun.
+        started = [group.start(gate_after=1) for _ in range(count)]
+        wait_until(lambda: len(group.holders()) >= 2, started[0].log)
+        group.open_gate()
         assert group.answered() == ROWS, "each row was asked once"
+        assert sum(worker.answered() > 0 for worker in started) >= 2
     assert row_set_hash(out) == row_set_hash(alone)
     assert hashes(out) == hashes(alone)
     assert not list(tmp_path.glob(".out.*.partial"))
@@ -163,11 +195,11 @@ def test_a_killed_worker_s_shards_are_taken_over(
 ) -> None:
     out = tmp_path / "out"
     with workers(out) as group:
-        group.start(kill_after=70 if victim == 0 else None, delay_s=0.03)
-        group.wait_for_shards(1)
-        group.start(kill_after=30 if victim == 1 else None, delay_s=0.03)
-        codes = group.codes()
-    assert codes == [-signal.SIGKILL if number == victim else 0 for number in range(2)]
+        for number in range(2):
+            worker = group.start(gate_after=25, kill_after=30 if number == victim else None)
+            group.wait_for_claims_of(worker)
+        group.open_gate()
+        assert group.codes() == [-signal.SIGKILL if number == victim else 0 for number in range(2)]
     assert row_set_hash(out) == row_set_hash(alone)
     assert hashes(out) == hashes(alone)
 
@@ -191,8 +223,7 @@ def test_one_who_does_not_join_is_told_that_the_place_is_taken(
     workers: Gather, tmp_path: Path
 ) -> None:
     with workers(tmp_path / "out") as group:
-        group.start(delay_s=0.05)
-        group.wait_for_shards(1)
+        group.wait_for_claims_of(group.start(gate_after=0))
         late = group.start(join=False)
         assert late.wait() == 75
         assert "is in use by process" in late.log.read_text()
@@ -200,35 +231,43 @@ def test_one_who_does_not_join_is_told_that_the_place_is_taken(
 
 def test_one_who_would_join_with_other_settings_is_refused(workers: Gather, tmp_path: Path) -> None:
     with workers(tmp_path / "out") as group:
-        group.start(delay_s=0.05)
-        group.wait_for_shards(1)
+        group.wait_for_claims_of(group.start(gate_after=0))
         other = group.start(temperature=0.5)
         assert other.wait() == 2
         told = other.log.read_text()
         assert "is being made with other settings or inputs by process" in told
 
 
-def test_another_division_into_shards_waits_for_the_first(
-    workers: Gather, tmp_path: Path, alone: Path
+@pytest.mark.parametrize("shard_rows", [7, 60])
+def test_the_division_into_shards_is_the_attempt_s_whoever_goes_on(
+    workers: Gather, tmp_path: Path, alone: Path, shard_rows: int
 ) -> None:
-    """`shard_rows` decides no row, so it is no other setting; but it fits no shard either."""
+    """`shard_rows` decides no row, so it is no other setting; but the shards must stay the same."""
     out = tmp_path / "out"
     with workers(out) as group:
-        group.start()
-        group.wait_for_shards(1)
-        group.start(shard_rows=7)
-        assert group.codes() == [0, 0]
+        first = group.start(gate_after=25)
+        group.wait_for_claims_of(first)
+        second = group.start(gate_after=25)
+        group.wait_for_claims_of(second)
+        first.signal(signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL
+        third = group.start(shard_rows=shard_rows)
+        group.wait_for_claims_of(third)
+        group.open_gate()
+        assert (second.wait(), third.wait()) == (0, 0)
+    assert row_set_hash(out) == row_set_hash(alone)
     assert hashes(out) == hashes(alone)
 
 
 def test_ctrl_c_once_finishes_the_open_shards(workers: Gather, tmp_path: Path, alone: Path) -> None:
     out = tmp_path / "out"
     with workers(out) as group:
-        worker = group.start(delay_s=0.03)
+        worker = group.start(gate_after=2 * SHARD_ROWS)
         group.wait_for_shards(1)
         worker.signal(signal.SIGINT)
+        wait_until(lambda: "finishing the open shards first" in worker.log.read_text(), worker.log)
+        group.open_gate()
         assert worker.wait() == 130
-        assert "finishing the open shards first" in worker.log.read_text()
         kept = len(group.shards())
         assert 0 < kept < ROWS // SHARD_ROWS
         last = group.start(delay_s=0)
@@ -238,23 +277,16 @@ def test_ctrl_c_once_finishes_the_open_shards(workers: Gather, tmp_path: Path, a
 
 def test_ctrl_c_twice_stops_at_once(workers: Gather, tmp_path: Path) -> None:
     with workers(tmp_path / "out") as group:
-        worker = group.start(delay_s=2.0)
-        deadline = time.monotonic() + WAIT_S
-        while not list(tmp_path.glob(".out.*.partial/.shards/claims/*.claim")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(0.5)
+        worker = group.start(gate_after=5)
+        group.wait_for_claims_of(worker)
         worker.signal(signal.SIGINT)
-        time.sleep(0.2)
+        wait_until(lambda: "finishing the open shards first" in worker.log.read_text(), worker.log)
         worker.signal(signal.SIGINT)
-        start = time.monotonic()
-        assert worker.wait() == 130
-        assert time.monotonic() - start < 10, "the open shard would have taken 40 s"
+        assert worker.wait() == 130, "its gate is still closed"
 
 
 def test_a_worker_joins_what_a_manifest_already_ends(workers: Gather, alone: Path) -> None:
     before = read_manifest(alone)
     with workers(alone) as group:
-        group.start()
-        assert group.answered() == 0
+        assert group.start().answered() == 0
     assert read_manifest(alone) == before

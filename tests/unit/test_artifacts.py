@@ -7,17 +7,34 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
-from stages.artifacts import Outcome, Workspace, open_artifact, produce, read_manifest, run_root
+from stages.artifacts import (
+    Outcome,
+    Workspace,
+    count_rows,
+    open_artifact,
+    produce,
+    read_manifest,
+    run_root,
+)
 from stages.artifacts.files import files_below, inner_path, make_folder, write_durably, writing
+from stages.artifacts.manifest import FileEntry
 from stages.artifacts.produce import first_difference
+from stages.artifacts.shards import ShardStore
 from stages.errors import ConfigError, CorruptError, DivergedError, NoSpaceError, SpinError
 from tests.artifact_tools import fill_shards, hashes, input_ref, make, plan, write_table
+
+produce_module = sys.modules["stages.artifacts.produce"]
 
 
 def never(workspace: Workspace) -> Outcome:
@@ -223,9 +240,9 @@ def test_a_failed_attempt_keeps_shards_only(tmp_path: Path) -> None:
 def half_committed(tmp_path: Path) -> Path:
     """An attempt that was killed between its manifest and its rename."""
     make(tmp_path / "out")
-    partial = tmp_path / f".out.{plan().attempt_key[:16]}.partial"
-    (tmp_path / "out").rename(partial)
-    return partial
+    closed = tmp_path / f".out.{plan().attempt_key[:16]}.closed.partial"
+    (tmp_path / "out").rename(closed)
+    return closed
 
 
 def test_an_attempt_that_lacks_only_the_rename_is_published(tmp_path: Path) -> None:
@@ -453,3 +470,86 @@ def test_parquet_rows_are_counted_in_the_manifest(tmp_path: Path) -> None:
         return Outcome(counts={})
 
     assert [f.rows for f in produce(tmp_path / "out", plan(), fill).files] == [0, 5000]
+
+
+def test_a_worker_who_comes_late_finds_the_attempt_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was passed over, hung, and goes on while the maker hashes the files."""
+    store: list[ShardStore] = []
+
+    def fill(space: Workspace) -> Outcome:
+        store.append(space.shards)
+        space.shards.write("part-00000.parquet", "ids", lambda path: write_table(path, num_rows=3))
+        return Outcome(counts={"rows": 3})
+
+    refused = []
+
+    def late(folder: Path, *rest: Any) -> FileEntry:
+        for name in ("part-00000.parquet", "part-00009.parquet"):
+            with pytest.raises(FileNotFoundError) as caught:
+                store[0].write(name, "ids", lambda path: write_table(path, num_rows=5))
+            refused.append(caught.value)
+        return whole(folder, *rest)
+
+    whole = produce_module._file_entry
+    monkeypatch.setattr(produce_module, "_file_entry", late)
+    produce(tmp_path / "out", plan(), fill, resumable=True)
+    assert len(refused) == 2
+    artifact = open_artifact(tmp_path / "out", verify=True)
+    assert [path.name for path in artifact.files("part-")] == ["part-00000.parquet"]
+    assert count_rows(artifact.files("part-")) == 3
+    assert not list(tmp_path.glob(".out.*.partial"))
+
+
+def test_a_shard_that_was_damaged_before_the_commit_is_made_anew(tmp_path: Path) -> None:
+    made = []
+
+    def fill(space: Workspace) -> Outcome:
+        for name in ("part-00000.parquet", "part-00001.parquet"):
+            if not space.shards.done(name, "ids"):
+                made.append(name)
+                space.shards.write(name, "ids", lambda path: write_table(path, num_rows=3))
+        if len(made) == 2:
+            with (space.path / "part-00001.parquet").open("r+b") as file:
+                file.seek(20)
+                file.write(b"x")
+        return Outcome(counts={"rows": 6})
+
+    with pytest.raises(CorruptError, match=r"part-00001.parquet was damaged since it was written"):
+        produce(tmp_path / "out", plan(), fill, resumable=True)
+    produce(tmp_path / "out", plan(), fill, resumable=True)
+    assert made == ["part-00000.parquet", "part-00001.parquet", "part-00001.parquet"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_helpers_who_look_in_at_the_end_disturb_nothing(tmp_path: Path) -> None:
+    """Each round several look for work without a pause, and leave scratch behind."""
+    for number in range(30):
+        out, ended = tmp_path / str(number), threading.Event()
+
+        def fill(space: Workspace) -> Outcome:
+            for k in range(20):
+                write = partial(write_table, num_rows=2)
+                space.shards.write(f"part-{k:05d}.parquet", "ids", write)
+            return Outcome(counts={"rows": 40})
+
+        def scratch(space: Workspace) -> None:
+            with suppress(OSError), TemporaryDirectory(dir=space.scratch) as folder:
+                Path(folder, "weights").write_text("x" * 1000)
+
+        def look_in(out: Path = out, ended: threading.Event = ended) -> None:
+            while not ended.is_set():
+                produce_module._assist(out, plan(), scratch)
+
+        helpers = [threading.Thread(target=look_in) for _ in range(3)]
+        for helper in helpers:
+            helper.start()
+        try:
+            produce(out, plan(), fill, resumable=True)
+        finally:
+            ended.set()
+            for helper in helpers:
+                helper.join()
+        assert len(hashes(out)) == 20
+    assert not list(tmp_path.glob(".*.partial"))

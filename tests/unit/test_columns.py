@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.data.columns import conversations, list_column, lists_of
@@ -16,7 +16,6 @@ MESSAGES = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(TOKENS, st.integers(0, 3))
 def test_lists_survive_and_so_do_slices(lists: list[list[int]], start: int) -> None:
     column = list_column(lists, pa.int32())
@@ -32,7 +31,6 @@ def test_the_columns_fit_the_schema() -> None:
     batch.validate(full=True)
 
 
-@settings(deadline=None)
 @given(MESSAGES, st.integers(0, 3))
 def test_messages_survive_and_so_do_slices(
     given_messages: list[list[dict[str, str]]], start: int
