@@ -192,11 +192,12 @@ def produce(
 
 def _make(out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable: bool) -> Manifest:
     """Do the work of `produce`; the caller holds the lock of `out`."""
+    attempt = _Attempt.of(out, plan.attempt_key)
     existing = _existing(out, plan)
     if existing is not None:
         log.info("%s: already done (%s)", plan.stage, out)
+        shutil.rmtree(attempt.notes, ignore_errors=True)  # of a maker that was killed at the end
         return existing
-    attempt = _Attempt.of(out, plan.attempt_key)
     _note_other_attempts(out, attempt.stem)
     if not _is_whole(attempt.closed, plan):  # else killed between the manifest and the rename
         attempt.reopen()
