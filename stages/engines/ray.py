@@ -29,7 +29,7 @@ from stages.engines.base import Sampling
 from stages.engines.fleet import Fleet
 from stages.engines.places import Place
 from stages.engines.process import Kind
-from stages.engines.serve import Answer
+from stages.engines.serve import Answer, end_group
 from stages.engines.vllm import (
     check_temperature,
     checked_extra,
@@ -277,6 +277,7 @@ class RayBackend:
         import ray
 
         ray.shutdown()
+        end_group()  # some of Ray's servers would stay for minutes
 
     def _open(self, model: str) -> None:
         """Start the workers, and wait until one of them answers."""

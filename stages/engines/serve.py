@@ -90,7 +90,7 @@ def _make_backend(kind: str) -> Backend:
     return TransformersBackend()
 
 
-def _end() -> NoReturn:
+def end_group() -> NoReturn:
     """End this process, and with it those that it started, as far as they are of its group."""
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
@@ -126,7 +126,7 @@ class _Server:
                 if not isinstance(error, SpinError):
                     text = text[:1000]
                 self._send(["failed", phase, type(error).__name__, text])
-        _end()
+        end_group()
 
     def _read(self, parent: int) -> None:
         # In a thread, so that the other side's sending never waits for a step of ours, and that
@@ -135,10 +135,10 @@ class _Server:
             while True:
                 while not self._connection.poll(1.0):
                     if os.getppid() != parent:
-                        _end()
+                        end_group()
                 self._inbox.put(json.loads(self._connection.recv_bytes()))
         except (EOFError, OSError):
-            _end()
+            end_group()
 
     def _send(self, message: list[Any]) -> None:
         self._connection.send_bytes(json.dumps(message).encode())

@@ -111,6 +111,14 @@ def workers(engine: Engine) -> list[int]:
     return [pid for pid in found if is_ours(pid)]
 
 
+def group_members(group: int) -> list[str]:
+    listing = subprocess.run(
+        ["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True
+    )
+    lines = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+    return [line[-1] for line in lines if int(line[0]) == group and line[1][0] != "Z"]
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -258,6 +266,7 @@ class TestReal:
             engine.wake(other, max_model_len=MAX_MODEL_LEN, reload=True)
             found = {c.request_id: c.token_ids for c in engine.generate(requests, GREEDY)}
             processes = [*engine.pids, *workers(engine)]
+            group = engine.pids[0]
         finally:
             engine.close()
         plain = start(other, "vllm", processes=1)
@@ -268,6 +277,7 @@ class TestReal:
         assert found == wanted != first
         assert len(processes) == 2
         assert not any(map(is_alive, processes))
+        assert group_members(group) == []
         assert temporary() == before
 
     def test_workers_that_die_again_and_again_end_it_with_a_reason(self, model_dir: Path) -> None:
