@@ -14,7 +14,9 @@ start of the engine, one warm-up call, and, for the stage, rendering before and 
 - **vllm**: bare is `LLM.generate` with token ids, no detokenizing, the arguments of our engine.
 - **transformers**: bare is the fastest of that library's own ways (bench/_engines.py).
 - **fake**: an engine that answers at once; bare is that engine alone. What counts is `rows_per_s`
-  of the whole stage, rendering and commit included, and its memory at a tenth of the rows.
+  of the whole stage, rendering and commit included, and its memory at a tenth of the rows;
+  `answered_per_s` leaves rendering out, `rows_per_s_4_samples` asks each prompt four times, and
+  `tokenizer_per_s` is the library's own call alone on the same prompts.
 """
 
 import argparse
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--samples", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -119,7 +122,8 @@ def run_side(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--engine", arguments.engine, "--side", side]
     command += ["--work", str(arguments.work), "--rows", str(arguments.rows)]
     command += ["--max-new-tokens", str(arguments.max_new_tokens), "--device", arguments.device]
-    command += ["--model", str(arguments.model)]
+    command += ["--quick"] if arguments.quick else []
+    command += ["--model", str(arguments.model), "--samples", str(arguments.samples)]
     environment = dict(os.environ)
     if side == "bare" and arguments.engine == "vllm":
         from stages.engines.vllm import child_environment, is_cpu_build
@@ -230,10 +234,10 @@ def bare_vllm(
 def bare_transformers(
     arguments: argparse.Namespace, requests: list[Request], sampling: Sampling
 ) -> dict[str, Any]:
-    from _engines import WAYS, library_generate
+    from _engines import library_generate
 
     ways = {}
-    for way in WAYS:
+    for way in ("continuous",) if arguments.quick else ("continuous", "static"):
         tokens, seconds = library_generate(Path(arguments.model), requests, sampling, way)
         ways[way] = {"tokens": tokens, "seconds": round(seconds, 3)}
     best = max(ways, key=lambda way: ways[way]["tokens"] / ways[way]["seconds"])
@@ -255,57 +259,90 @@ class Fake:
         return self
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        self.first_s = time.perf_counter()
         for request in requests:
             tokens = self._tokens[request.seed % 256]
             yield Completion(request.request_id, tokens, self._logprobs, "length")
 
     def close(self) -> None:
-        pass
+        self.last_s = time.perf_counter()
 
 
 def measure_fake(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the stage at a tenth of the rows, and at all."""
+    """Run the stage at a tenth of the rows, at all, and with four samples a prompt."""
     rows = arguments.rows or 200_000
     repetitions = arguments.repetitions or (1 if arguments.quick else 3)
-    runs: dict[int, list[dict[str, Any]]] = {}
-    for count in (rows // 10, rows):
-        arguments.rows = count
-        prepare(arguments, median_words=8)
-        runs[count] = [run_side("fake", arguments) for _ in range(repetitions)]
-    whole = sorted(runs[rows], key=lambda run: run["stage_s"])[repetitions // 2]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name, prompts, samples in (
+        ("tenth", rows // 10, 1), ("whole", rows, 1), ("4 samples", rows // 4, 4),
+    ):  # fmt: skip
+        arguments.rows, arguments.samples = prompts, samples
+        prepare(arguments, median_words=6)
+        runs[name] = [run_side("fake", arguments) for _ in range(repetitions)]
+    whole, four = (
+        sorted(runs[name], key=lambda run: run["stage_s"])[repetitions // 2]
+        for name in ("whole", "4 samples")
+    )
     return {
         "tokens_per_s": round(whole["tokens"] / whole["stage_s"], 1),
         "bare_tokens_per_s": round(whole["tokens"] / whole["bare_s"], 1),
         "ratio": round(whole["bare_s"] / whole["stage_s"], 4),
         "rows": rows,
         "rows_per_s": round(rows / whole["stage_s"]),
+        "answered_per_s": round(rows / whole["answer_s"]),
+        "rows_per_s_4_samples": round(rows / four["stage_s"]),
+        "tokenizer_per_s": round(rows / whole["tokenizer_s"]),
         "peak_memory_bytes": whole["peak_memory_bytes"],
-        "peak_memory_bytes_tenth": max(run["peak_memory_bytes"] for run in runs[rows // 10]),
+        "peak_memory_bytes_tenth": max(run["peak_memory_bytes"] for run in runs["tenth"]),
         "repetitions": repetitions,
         "runs": runs,
     }
 
 
 def run_fake(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch  # noqa: F401  as in a run of many stages, where libraries are imported once
+    import transformers  # noqa: F401
+
     from stages import generate
 
     out, fake = arguments.work / f"out-{time.monotonic_ns()}", Fake()
     inputs = generate.GenerateInputs(model=str(arguments.model), data=arguments.work / "data")
     started = time.perf_counter()
     manifest = generate.run(recipe(arguments), inputs, out, open_engine=fake.open)
-    stage_s = time.perf_counter() - started
-    requests = (Request(str(i), [1] * 20, i) for i in range(arguments.rows))
+    stage_s, answer_s = time.perf_counter() - started, fake.last_s - fake.first_s
+    rows = arguments.rows * arguments.samples
+    requests = (Request(str(i), [1] * 20, i) for i in range(rows))
     started = time.perf_counter()
     for _ in fake.generate(requests, Sampling(1.0, 1.0, 0, FAKE_TOKENS, ())):
         pass
     bare_s = time.perf_counter() - started
     return {
-        "tokens": arguments.rows * FAKE_TOKENS,
+        "tokens": rows * FAKE_TOKENS,
         "stage_s": round(stage_s, 3),
+        "answer_s": round(answer_s, 3),
+        "tokenizer_s": round(tokenizer_seconds(arguments), 3),
         "bare_s": bare_s,
-        "prompt_tokens": manifest.cost.tokens - arguments.rows * FAKE_TOKENS,
+        "prompt_tokens": manifest.cost.tokens - rows * FAKE_TOKENS,
         "peak_memory_bytes": manifest.cost.peak_memory_bytes,
     }
+
+
+def tokenizer_seconds(arguments: argparse.Namespace) -> float:
+    """Return what the tokenizers library alone takes for the prompts, in one call."""
+    from transformers import AutoTokenizer
+
+    from stages.artifacts import read_rows
+    from stages.data.rows import PROMPTS
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = read_rows([arguments.work / "data" / "train-00000.parquet"], PROMPTS)
+    texts = [
+        f"<|im_start|>user\n{row['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+        for row in rows
+    ]
+    started = time.perf_counter()
+    tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return time.perf_counter() - started
 
 
 SIDES = {"stage": run_stage, "bare": run_bare, "fake": run_fake}
@@ -321,6 +358,7 @@ def recipe(arguments: argparse.Namespace) -> Any:
     generate = {"max_new_tokens": arguments.max_new_tokens, "engine": engine}
     if arguments.engine == "fake":
         generate |= {"max_new_tokens": FAKE_TOKENS, "parity": {"rows": 0}}
+        generate |= {"num_samples": arguments.samples}
     return RunConfig.model_validate({"generate": generate})
 
 
@@ -352,8 +390,8 @@ def make_model(folder: Path, words: list[str]) -> None:
     from stages.model.tokenizer import train_tokenizer
 
     rng = random.Random(0)
-    corpus = [" ".join(rng.choices(words, k=40)) for _ in range(2000)]
-    tokenizer = train_tokenizer([*corpus, *CHATML], vocab_size=2040)
+    corpus = [f"user {' '.join(rng.choices(words, k=40))} assistant" for _ in range(2000)]
+    tokenizer = train_tokenizer(corpus, vocab_size=2040)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     special = {
