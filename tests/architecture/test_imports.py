@@ -16,8 +16,8 @@ STAGES = {
 }  # fmt: skip
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
-    "layout", "decisions", "progress", "journal", "answers", "data", "objective", "model", "engines",
-    "rewards", "remote",
+    "layout", "decisions", "progress", "journal", "answers", "data", "objective", "model",
+    "engines", "rewards", "remote",
 }  # fmt: skip
 OF_A_RUN = {"layout", "run_record", "decisions"}
 # Room → the rooms it may import from. A room is a module or package right below stages/.
