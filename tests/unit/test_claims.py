@@ -94,6 +94,24 @@ def test_a_dead_machine_s_lock_that_nobody_frees_is_passed_over(tmp_path: Path) 
                 assert not third.take("a"), "it is ours now"
 
 
+def test_a_holder_that_was_passed_over_notices_and_leaves_the_lease_alone(tmp_path: Path) -> None:
+    clock = Clock()
+    with Claims(tmp_path, beat_s=0.01, machine="hung") as hung:
+        assert hung.take("a")
+        assert hung.take("b")
+        with Claims(tmp_path, beat_s=1000, lease_s=60, clock=clock) as claims:
+            hung._ended.set()  # its machine stands still
+            time.sleep(0.05)
+            assert not claims.take("a")
+            clock.now_s = 61
+            assert claims.take("a")
+            theirs = (tmp_path / "a.claim").read_bytes()
+            assert not hung.still_holds("a")
+            assert hung.still_holds("b")
+            hung.release("a")
+            assert (tmp_path / "a.claim").read_bytes() == theirs
+
+
 def test_a_lease_beats_while_it_is_held_and_not_after(tmp_path: Path) -> None:
     path = tmp_path / "a.claim"
     with Claims(tmp_path, beat_s=0.01) as claims:
