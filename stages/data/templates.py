@@ -71,11 +71,14 @@ class Template:
             ConfigError: too many conversations ran into the limits of time, memory and size.
             RuntimeError: the process that renders cannot be started.
         """
-        for results in _process.render(_Part(self, part, ask) for part in parts):
-            self._count_spent(results)
-            yield results
+        yield from _process.render(_Part(self, part, ask) for part in parts)
 
-    def _count_spent(self, results: Sequence[Rendered]) -> None:
+    def count_spent(self, results: Sequence[Rendered]) -> None:
+        """Count what went past a limit.
+
+        Raises:
+            ConfigError: it happened too often; the rest of a part is not waited for.
+        """
         spent = [result.why for result in results if isinstance(result, Failed) and result.is_spent]
         self.num_spent += len(spent)
         if self.num_spent > MOST_SPENT:
@@ -115,12 +118,15 @@ class _Part:
     def is_done(self) -> bool:
         return len(self.results) == len(self.conversations)
 
+    def take(self, results: list[Rendered]) -> None:
+        """Add what was heard of the next jobs."""
+        self.results += results
+        self.template.count_spent(results)
+
     def survive(self) -> None:
         """Go on after the process has ended: the row that ended it twice is given up."""
         if self.careful:
-            self.results.append(
-                Failed("it takes too long or too much memory, and was stopped", True)
-            )
+            self.take([Failed("it takes too long or too much memory, and was stopped", True)])
         self.careful = not self.careful
 
 
@@ -165,7 +171,7 @@ class _Process:
             try:
                 if self._popen is None:
                     self._start()
-                first.results += self._hear()
+                first.take(self._hear())
             except _Ended:
                 self.close()
                 first.survive()

@@ -199,6 +199,16 @@ def test_a_template_that_is_bad_on_many_rows_is_given_up() -> None:
     assert Template(PLAIN, {}).render([conversation("y")]) == ["y"]
 
 
+def test_a_template_that_is_slow_on_all_rows_is_given_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not when the part is done, which would take a second a row."""
+    monkeypatch.setattr(templates, "MOST_SPENT", 2)
+    template = Template(HOSTILE["loops for ever"] + PLAIN, {})
+    with pytest.raises(ConfigError, match=r"goes past its limits on 3 prompts .*more than 1 s"):
+        template.render([conversation(f"{n}") for n in range(300)])
+
+
 # The process itself.
 
 
