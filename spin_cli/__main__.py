@@ -14,7 +14,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _on_sigterm)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
-    app(prog_name="spin")
+    try:
+        app(prog_name="spin")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is under way, and all is said
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:

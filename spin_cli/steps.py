@@ -213,8 +213,8 @@ def _use_threads(count: int | None) -> None:
 def _figures(manifest: Manifest) -> str:
     """Return a manifest's key figures: its metrics, then its counts, as many as fit a line."""
     happened = [(n, v) for n, v in manifest.counts.items() if v or not n.startswith("dropped_")]
-    figures = [*manifest.metrics.items(), *happened]
-    shown = [f"{name} {_figure(value)}" for name, value in figures if value is not None]
+    figures = {**manifest.metrics, **dict(happened)}
+    shown = [f"{name} {_figure(value)}" for name, value in figures.items() if value is not None]
     return "".join(f", {text}" for text in shown[:MAX_FIGURES])
 
 

@@ -272,19 +272,30 @@ class SamplingConfig(_Section):
     max_new_tokens: Count = 256
 
 
+OF_VLLM = (
+    "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "quantization",
+    "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens", "extra",
+)  # fmt: skip
+"""Engine keys that the transformers engine does not have."""
+LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, and says so only in its log
+HIGHEST_TEMPERATURE = 2.0
+
+
 class EngineConfig(_Section):
     """What answers prompts."""
 
     name: Literal["transformers", "vllm", "ray"] = "transformers"
     """ray: vLLM on the workers of a Ray cluster."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    batch_size: Count = 256
-    """Rows decoded together by the transformers engine."""
+    batch_size: Count = _place(256)
+    """Rows decoded together by the transformers engine; vLLM has max_num_seqs."""
     max_model_len: Count | None = None
     """Longest prompt and response together; None: the longest prompt plus max_new_tokens."""
     tensor_parallel_size: Count = 1
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    enforce_eager: bool | None = None
+    """GPUs that hold one copy of the model together, by vLLM."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, json_schema_extra={"identity": False})
+    """Share of each GPU's memory that vLLM takes."""
+    enforce_eager: bool | None = _place(None)
     """vLLM without compilation: starts sooner, slower on a GPU; None compiles on a GPU only."""
     quantization: str | None = None
     """vLLM's name of a method, such as fp8; None: as the model's own config says."""
@@ -304,6 +315,18 @@ class EngineConfig(_Section):
     """Further vLLM engine arguments by its own names, lists and maps too; checked by their types
     before the engine starts."""
 
+    @model_validator(mode="after")
+    def _refuse_what_the_engine_does_not_know(self) -> "EngineConfig":
+        if self.name == "transformers":
+            fields = EngineConfig.model_fields
+            for name in OF_VLLM:
+                if getattr(self, name) != fields[name].get_default():
+                    raise ValueError(
+                        f"{name} is vLLM's, and the engine is transformers; set name=vllm beside "
+                        f"it, or leave {name} out"
+                    )
+        return self
+
 
 class ParityConfig(_Section):
     """The check that the engine ran the model that will be trained; see docs/generation.md.
@@ -314,9 +337,10 @@ class ParityConfig(_Section):
     rows: int = Field(32, ge=0)
     """Answers whose log-probabilities the trainer's model computes again; 0 turns the check off."""
     mean_tolerance: Positive | None = None
-    """Largest mean difference a token; None: by the engine's dtype."""
+    """Largest mean difference a token; None: 1e-4 in fp32 on a CPU, in bf16 by the model's own
+    rounding; see docs/generation.md."""
     worst_tolerance: Positive | None = None
-    """Largest difference of a token, one in a thousand left out; None: by the engine's dtype."""
+    """Largest difference of a token, one in a thousand left out; None: likewise."""
 
 
 class GenerateConfig(SamplingConfig):
@@ -446,6 +470,19 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
+
+    @model_validator(mode="after")
+    def _vllm_has_the_temperature(self) -> "RunConfig":
+        for name, section in (("generate", self.generate), ("evaluate", self.evaluate)):
+            engine = section.engine or self.generate.engine
+            hot = not LOWEST_TEMPERATURE <= section.temperature <= HIGHEST_TEMPERATURE
+            if engine.name != "transformers" and section.temperature != 0 and hot:
+                raise ValueError(
+                    f"{name}.temperature={section.temperature}: vLLM has 0 (greedy) and "
+                    f"{LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}; change it, or set "
+                    f"{name}.engine.name=transformers"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ranked_needs_a_reward(self) -> "RunConfig":
@@ -658,7 +695,9 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not name:
         return message
-    return f"{name}={first['input']!r}: {message}"
+    of_section = first["type"] == "value_error" and isinstance(first["input"], Mapping)
+    given = "" if of_section else f"={first['input']!r}"
+    return f"{name}{given}: {message}"
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

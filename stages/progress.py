@@ -135,7 +135,7 @@ def progress(stage: str, *, total: int, unit: str, done: int = 0) -> Iterator[Pr
         unit: what is counted, in the plural.
         done: how many of them an earlier attempt finished; they do not count as speed.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
         shown = _BarProgress(stage, total, unit, done)
         with shown.bar:
             yield shown

@@ -185,6 +185,7 @@ def produce(
             else:
                 with writing(out):
                     return _make(out, plan, fill, resumable)
+        _check_same_attempt(out, plan)
         waited.say()
         _assist(out, plan, assist)
         waited.sleep()
@@ -375,8 +376,8 @@ def _check_room(partial: Path, manifest: Manifest) -> None:
         )
 
 
-def _assist(out: Path, plan: Plan, assist: Callable[[Workspace], None]) -> None:
-    """Work in the workspace of the process that makes `out`, as far as there is one.
+def _check_same_attempt(out: Path, plan: Plan) -> None:
+    """Check that the process that makes `out` makes what we would.
 
     Raises:
         ConfigError: it is being made with other settings or from other inputs.
@@ -390,6 +391,10 @@ def _assist(out: Path, plan: Plan, assist: Callable[[Workspace], None]) -> None:
                 f"{out} is being made with other settings or inputs by {locks.holder(lock)}; give "
                 "the same ones, or name another --out"
             )
+
+
+def _assist(out: Path, plan: Plan, assist: Callable[[Workspace], None]) -> None:
+    """Work in the workspace of the process that makes `out`, as far as there is one."""
     partial = _Attempt.of(out, plan.attempt_key).partial
     if not (partial / SHARD_NOTES).is_dir():
         return  # it has not begun, or has just ended
@@ -500,13 +505,15 @@ def _short(value: Any) -> str:
 
 
 def _note_other_attempts(out: Path, stem: str) -> None:
-    for other in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
-        if not other.name.startswith(stem):
-            log.warning(
-                "%s holds an unfinished attempt with other settings or inputs; "
-                "delete it if it is not needed",
-                other,
-            )
+    found = out.parent.glob(f".{glob.escape(out.name)}.*.partial")
+    others = sorted(str(other) for other in found if not other.name.startswith(stem))
+    if others:
+        log.warning(
+            "%s holds an unfinished attempt with other settings or inputs; delete it if it is not "
+            "needed%s",
+            others[0],
+            f"; and so do {len(others) - 1} more beside it" if len(others) > 1 else "",
+        )
 
 
 def _is_whole(partial: Path, plan: Plan) -> bool:

@@ -65,12 +65,9 @@ class Fleet:
         try:
             for place in places:
                 self._processes.append(Process(kind, place, environment))
-            for child in self._processes:
-                child.send(["start", dict(arguments)])
+            self._each(lambda child: child.send(["start", dict(arguments)]))
             sizes = self._ask_all("ready", START_TIMEOUT_S)
-        except BaseException as error:
-            if isinstance(error, EngineError):
-                self._show_logs()
+        except BaseException:
             self._end_processes(wait_s=0)
             raise
         for child, (_, size) in sizes.items():
@@ -201,23 +198,26 @@ class Fleet:
         return messages
 
     def _ask_all(self, answer: str, limit_s: float) -> dict[Process, list[Any]]:
-        """Wait for an answer of every process, and return them.
+        """Wait for an answer of every process that lives, and return them.
 
         Raises:
-            EngineError: one died, or was silent for so long.
+            EngineError: the last one died, or was silent for so long.
         """
         for child in self._processes:
             child.heard_at = time.monotonic()
         answers: dict[Process, list[Any]] = {}
-        while len(answers) < len(self._processes):
-            waiting = [child for child in self._processes if child not in answers]
+        while waiting := [child for child in self._live if child not in answers]:
             ready = wait([child.connection for child in waiting], process.POLL_S)
             for child in waiting:
-                if child.connection not in ready:
-                    child.check(limit_s)
-                elif (message := child.read())[0] == answer:
-                    answers[child] = message
-        return answers
+                try:
+                    if child.connection not in ready:
+                        child.check(limit_s)
+                    elif (message := child.read())[0] == answer:
+                        answers[child] = message
+                except EngineError as error:
+                    answers.pop(child, None)
+                    self._lose(child, error)
+        return {child: message for child, message in answers.items() if not child.is_dead}
 
     def _each(self, action: Callable[[Process], None]) -> None:
         """Do something with every process that lives."""

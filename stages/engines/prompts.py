@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.chat import Message, Renderer, RowRefusedError
-from stages.errors import InputError
+from stages.errors import ConfigError, InputError
 
 NO_LIMIT = 1 << 30  # positions, for models that have no limit
 
@@ -18,15 +18,25 @@ def model_room(model_dir: Path, max_model_len: int | None, max_new_tokens: int) 
 
     Raises:
         InputError: an answer of `max_new_tokens` leaves no room for a prompt.
+        ConfigError: likewise, by the recipe's limit; or the model has fewer positions than that.
     """
-    positions = getattr(_config(model_dir), "max_position_embeddings", None) or NO_LIMIT
-    room = int(min(positions, max_model_len or positions))
-    if room <= max_new_tokens:
+    positions = int(getattr(_config(model_dir), "max_position_embeddings", None) or NO_LIMIT)
+    if max_model_len is not None and max_model_len > positions:
+        raise ConfigError(
+            f"engine.max_model_len={max_model_len}: {model_dir.name} has {positions} positions; "
+            "lower it, or leave it out"
+        )
+    if max_model_len is not None and max_model_len <= max_new_tokens:
+        raise ConfigError(
+            f"engine.max_model_len={max_model_len} leaves no room for a prompt beside "
+            f"max_new_tokens={max_new_tokens}; raise the one, or lower the other"
+        )
+    if positions <= max_new_tokens:
         raise InputError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt: {model_dir.name} is "
-            f"run with {room} positions; lower it"
+            f"run with {positions} positions; lower it"
         )
-    return room
+    return min(positions, max_model_len or positions)
 
 
 def model_vocab_size(model_dir: Path) -> int | None:

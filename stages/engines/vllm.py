@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from stages.config import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from stages.engines.base import Sampling
 from stages.engines.fleet import Fleet
 from stages.engines.places import divide_cores, divide_gpus
@@ -19,8 +20,6 @@ from stages.engines.process import VLLM
 from stages.errors import ConfigError, EngineError, InputError
 
 CPU_KV_CACHE_BYTES = 1 << 30  # vLLM would take 90% of the machine's memory
-LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, and says so only in its log
-HIGHEST_TEMPERATURE = 2.0
 OWN_KEYS = {
     "dtype", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager",
     "quantization", "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens",

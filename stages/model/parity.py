@@ -250,8 +250,8 @@ class _Check:
 
     def _remedy(self) -> str:
         return (
-            "mend it and delete the answers, which are kept; or set generate.parity "
-            "(see docs/generation.md)"
+            "mend it and delete the answers, which are kept; or, where only the tolerance is too "
+            "small, raise generate.parity.mean_tolerance and worst_tolerance and run again"
         )
 
 

@@ -121,17 +121,20 @@ def test_keys_that_only_change_speed_stay_out_of_the_identity() -> None:
     plain = EngineConfig(name="vllm")
     quick = EngineConfig(
         name="vllm", processes=4, max_num_seqs=9, max_num_batched_tokens=99,
-        enable_prefix_caching=True,
+        enable_prefix_caching=True, gpu_memory_utilization=0.5, enforce_eager=True,
     )  # fmt: skip
     assert quick.identity() == plain.identity()
-    assert EngineConfig(quantization="fp8").identity() != EngineConfig().identity()
+    assert EngineConfig(batch_size=1).identity() == EngineConfig().identity()
+    assert EngineConfig(name="vllm", quantization="fp8").identity() != plain.identity()
     extra = {"compilation_config": {"cudagraph_capture_sizes": [1, 2]}, "seed": 3}
-    assert json.loads(json.dumps(EngineConfig(extra=extra).identity()))["extra"] == extra
+    assert (
+        json.loads(json.dumps(EngineConfig(name="vllm", extra=extra).identity()))["extra"] == extra
+    )
 
 
 def test_a_recipe_and_an_override_can_nest_lists_and_maps(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("generate: {engine: {extra: {a: {b: [1, {c: null}]}}}}")
+    recipe.write_text("generate: {engine: {name: vllm, extra: {a: {b: [1, {c: null}]}}}}")
     words = ["generate.engine.extra.sizes=[1, 2]", "generate.engine.extra.a.d=x"]
     extra = load_recipe(recipe, words).for_iteration().generate.engine.extra
     assert extra == {"a": {"b": [1, {"c": None}], "d": "x"}, "sizes": [1, 2]}
@@ -139,6 +142,31 @@ def test_a_recipe_and_an_override_can_nest_lists_and_maps(tmp_path: Path) -> Non
         load_recipe(None, ["generate.engine.extra=[1]"])
     with pytest.raises(ConfigError, match="processes=0"):
         load_recipe(None, ["generate.engine.processes=0"])
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["quantization=fp8", "extra={kv_cache_dtype: fp8}", "tensor_parallel_size=4", "max_num_seqs=3",
+     "enforce_eager=true", "gpu_memory_utilization=0.1", "enable_prefix_caching=false"],
+)  # fmt: skip
+def test_keys_of_vllm_are_refused_where_another_engine_answers(word: str) -> None:
+    name = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"generate\.engine: {name} is vLLM's") as caught:
+        load_recipe(None, [f"generate.engine.{word}"])
+    assert len(str(caught.value)) < 200
+    load_recipe(None, ["generate.engine.name=vllm", f"generate.engine.{word}"])
+
+
+@pytest.mark.parametrize("stage", ["generate", "evaluate"])
+@pytest.mark.parametrize("temperature", ["0.001", "5"])
+def test_a_temperature_that_vllm_lacks_is_refused_before_anything_starts(
+    stage: str, temperature: str
+) -> None:
+    words = ["generate.engine.name=vllm", f"{stage}.temperature={temperature}"]
+    with pytest.raises(ConfigError, match=rf"{stage}\.temperature={temperature}.*: vLLM has 0"):
+        load_recipe(None, words)
+    load_recipe(None, words[1:])
+    load_recipe(None, [words[0], f"{stage}.temperature=0"])
 
 
 def test_too_few_gpus_are_told_before_anything_starts(
