@@ -24,7 +24,10 @@ class FakeEngine:
         gate: Path | None = None,
         gate_after: int = 0,
     ) -> None:
-        """Answer `gate_after` requests, and the others once there is a file at `gate`."""
+        """Answer `gate_after` requests, and the others once there is a file at `gate`.
+
+        Who has come so far makes a file of the same name and the number of its process.
+        """
         self._kill_after, self._delay_s, self._window = kill_after, delay_s, window
         self._gate, self._gate_after = gate, gate_after
         self.answered = 0
@@ -41,8 +44,10 @@ class FakeEngine:
         while window := list(islice(source, self._window)):
             for request in reversed(window):
                 time.sleep(self._delay_s)
-                while self._gate and self.answered >= self._gate_after and not self._gate.exists():
-                    time.sleep(0.02)
+                if self._gate and self.answered >= self._gate_after:
+                    self._gate.with_name(f"{self._gate.name}.{os.getpid()}").touch()
+                    while not self._gate.exists():
+                        time.sleep(0.02)
                 if self.answered == self._kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
                 self.answered += 1

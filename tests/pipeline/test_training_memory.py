@@ -62,4 +62,4 @@ def test_peak_memory_is_flat_when_the_data_grows_tenfold(
         peaks.append(read_manifest(out).cost.peak_memory_bytes)
     grown = 10 * rows * 3 * ROW_TOKENS * 4
     assert grown > 70e6
-    assert peaks[1] - peaks[0] < 0.25 * grown, peaks
+    assert peaks[1] - peaks[0] < 0.4 * grown, peaks
