@@ -62,12 +62,16 @@ check: .venv/.dev ## style, types, unit tests
 bench: .venv/.dev ## every script in bench/; BENCHES=bench/NAME.py picks one
 	@for script in $(BENCHES); do echo "== $$script" >&2; $(BIN)/python $$script; done
 
-bench-gpu: .venv/.dev ## on a GPU, in ten minutes: its tests, the trainer against TRL, the largest model
+bench-gpu: .venv/.dev ## on a GPU: its tests, the trainer against TRL, generate against bare vLLM, the largest model
 	@nvidia-smi -L >&2 || { echo "no NVIDIA GPU found" >&2; exit 2; }
 	@$(BIN)/python -m pytest -q tests/gpu
 	@for model in 0.5b 1.5b 3b; do $(BIN)/python bench/train.py --device cuda --quick --model $$model \
 		--traces $$([ $$model = 0.5b ] && echo chat,math,rag || echo chat) \
 		--json bench/results/train-cuda-$$model.json; done
+	@if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; then \
+		$(BIN)/python bench/generate.py --engine vllm --device cuda --shape 0.5b --rows 4096 \
+			--repetitions 1 --json bench/results/generate-vllm-cuda-0.5b.json; \
+	else echo "no vLLM here (pip install '.[vllm]'): generate is not measured" >&2; fi
 	@$(BIN)/python bench/largest.py --device cuda --json bench/results/largest-cuda.json
 
 ##@ Install it

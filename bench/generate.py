@@ -54,11 +54,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engine", choices=ENGINES, required=True)
+    parser.add_argument("--engine", choices=ENGINES, default="transformers")
     parser.add_argument("--quick", action="store_true", help="fewer rows, one repetition")
     parser.add_argument("--rows", type=int, help="prompts")
     parser.add_argument("--repetitions", type=int)
-    parser.add_argument("--model", help="a model folder [default: a Qwen2 of 8M random weights]")
+    parser.add_argument("--model", help="a model folder [default: random weights of --shape]")
+    parser.add_argument(
+        "--shape",
+        choices=("tiny", "0.5b", "1.5b", "3b"),
+        default="tiny",
+        help="a Qwen2 of 8M weights, or one of Qwen2.5's shapes",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
@@ -374,7 +380,7 @@ def prepare(arguments: argparse.Namespace, median_words: int) -> None:
     words = ["".join(rng.choices("aeioulnrst", k=rng.randint(2, 7))) for _ in range(400)]
     if not arguments.model:
         arguments.model = arguments.work / "model"
-        make_model(arguments.model, words)
+        make_model(arguments.model, words, arguments.shape, arguments.device)
     texts = []
     for _ in range(arguments.rows):
         count = min(MOST_WORDS, max(1, round(rng.lognormvariate(0, 0.6) * median_words)))
@@ -382,7 +388,7 @@ def prepare(arguments: argparse.Namespace, median_words: int) -> None:
     write_data(arguments.work / "data", texts)
 
 
-def make_model(folder: Path, words: list[str]) -> None:
+def make_model(folder: Path, words: list[str], name: str, device: str) -> None:
     import torch
     from _traces import SHAPES, model_config
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -400,10 +406,12 @@ def make_model(folder: Path, words: list[str]) -> None:
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(0)
-    shape = SHAPES["tiny"]
-    config = model_config(shape, **special)
-    config.vocab_size = len(tokenizer)
-    model = AutoModelForCausalLM.from_config(config)
+    config = model_config(SHAPES[name], **special)
+    if name == "tiny":
+        config.vocab_size = len(tokenizer)
+    with torch.device(device):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     stops = [tokenizer.eos_token_id, *range(len(tokenizer) - NUM_STOPS - 2, len(tokenizer) - 3)]
     model.generation_config = GenerationConfig(**{**special, "eos_token_id": stops})
     model.save_pretrained(folder)
