@@ -28,12 +28,13 @@ def engines_on(gpus: int, gpus_each: int, engine: str) -> int:
     found = gpus if engine == "ray" else _count_gpus()
     if found < gpus:
         raise ConfigError(
-            f"engine.gpus={gpus}: this machine has {found or 'no'} GPUs to use; lower it, or set "
-            "engine.processes for engines on a CPU"
+            f"generate.engine.gpus={gpus}: this machine has {found or 'no'} GPUs to use; lower "
+            "it, or set generate.engine.processes for engines on a CPU"
         )
     if gpus % gpus_each:
         raise ConfigError(
-            f"engine.gpus={gpus} is no multiple of tensor_parallel_size={gpus_each}; correct one"
+            f"generate.engine.gpus={gpus} is no multiple of tensor_parallel_size={gpus_each}; "
+            "correct one"
         )
     return gpus // gpus_each
 
@@ -56,7 +57,7 @@ def divide_gpus(engine: str, processes: int, gpus_each: int) -> list[Place]:
         each = f" of tensor_parallel_size={gpus_each}" if gpus_each > 1 else ""
         raise ConfigError(
             f"engine {engine}: processes={processes}{each} need {needed} GPUs, and "
-            f"{len(devices)} are visible; lower engine.processes"
+            f"{len(devices)} are visible; lower generate.engine.processes"
         )
     return [
         Place(environment={"CUDA_VISIBLE_DEVICES": ",".join(devices[at : at + gpus_each])})

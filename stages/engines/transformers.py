@@ -197,7 +197,7 @@ class Decoder:
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"generate: {self._batch_size} rows of up to {self._max_model_len} tokens do not "
-                "fit into the GPU's memory; lower engine.batch_size"
+                "fit into the GPU's memory; lower generate.engine.batch_size"
             ) from error
 
     def _take(self, count: int) -> list[Request]:
@@ -544,7 +544,7 @@ def _find_reach(model: Any, model_dir: Path, max_model_len: int) -> _Reach:
     if not model._supports_attention_backend or not kinds <= known:
         raise InputError(
             f"model {model_dir}: the transformers engine cannot run {config.model_type} "
-            f"(layers: {', '.join(sorted(kinds))}); set engine.name=vllm"
+            f"(layers: {', '.join(sorted(kinds))}); set generate.engine.name=vllm"
         )
     if "sliding_attention" not in kinds or window is None or window >= max_model_len:
         window = None

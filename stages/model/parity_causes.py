@@ -60,7 +60,7 @@ def not_finite(engine: Logprobs, ours: Logprobs) -> str | None:
     if not all(np.isfinite(row).all() for row in engine):
         return (
             "dtype: the engine's log-probabilities are not finite (NaN or infinite) and the "
-            "trainer's are; try engine.dtype=float32, or bfloat16 where it is float16"
+            "trainer's are; try generate.engine.dtype=float32, or bfloat16 where it is float16"
         )
     return None
 
@@ -240,7 +240,7 @@ def _rounding(case: Case, model: ParityModel) -> str | None:
         return None
     return (
         "dtype: the differences are those of half precision, so the engine did not run in "
-        "float32 (look at engine.dtype and engine.extra), or it ran weights that are almost these"
+        "float32 (look at generate.engine.dtype and extra), or it ran weights that are almost these"
     )
 
 
