@@ -406,7 +406,7 @@ def test_a_quantized_engine_is_held_to_less(model_dir: Path) -> None:
         model_dir,
         rows,
         ParityConfig(),
-        EngineConfig(dtype="float32", quantization="fp8"),
+        EngineConfig(name="vllm", dtype="float32", quantization="fp8"),
         forward=ForwardConfig(),
         pad_token_id=PAD,
         where="generate",
