@@ -216,12 +216,7 @@ def bare_vllm(
     from stages.engines.vllm import engine_arguments, sampling_arguments
 
     settings = recipe(arguments).generate.engine
-    names = (
-        "dtype", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager", "quantization",
-        "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens", "extra",
-    )  # fmt: skip
-    chosen = {name: getattr(settings, name) for name in names}
-    llm = LLM(**engine_arguments(Path(arguments.model), max_model_len=max_model_len, **chosen))
+    llm = LLM(**engine_arguments(Path(arguments.model), settings, max_model_len))
 
     def answer(some: list[Request]) -> int:
         outputs = llm.generate(

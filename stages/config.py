@@ -281,6 +281,11 @@ LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, and says so only in
 HIGHEST_TEMPERATURE = 2.0
 
 
+def has_temperature(temperature: float) -> bool:
+    """Tell whether vLLM draws at a temperature, and does not change it on its own."""
+    return temperature == 0 or LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE
+
+
 class EngineConfig(_Section):
     """What answers prompts."""
 
@@ -475,8 +480,7 @@ class RunConfig(_Section):
     def _vllm_has_the_temperature(self) -> "RunConfig":
         for name, section in (("generate", self.generate), ("evaluate", self.evaluate)):
             engine = section.engine or self.generate.engine
-            hot = not LOWEST_TEMPERATURE <= section.temperature <= HIGHEST_TEMPERATURE
-            if engine.name != "transformers" and section.temperature != 0 and hot:
+            if engine.name != "transformers" and not has_temperature(section.temperature):
                 raise ValueError(
                     f"{name}.temperature={section.temperature}: vLLM has 0 (greedy) and "
                     f"{LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}; change it, or set "

@@ -41,38 +41,11 @@ def open_engine(
     if config.name == "vllm":
         from stages.engines.vllm import VllmEngine
 
-        return VllmEngine(
-            model_dir,
-            dtype=config.dtype,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            tensor_parallel_size=config.tensor_parallel_size,
-            enforce_eager=config.enforce_eager,
-            quantization=config.quantization,
-            enable_prefix_caching=config.enable_prefix_caching,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            extra=config.extra,
-            processes=config.processes,
-            keep=keep,
-        )
+        return VllmEngine(model_dir, config, max_model_len=max_model_len, keep=keep)
     if config.name == "ray":
         from stages.engines.ray import RayEngine
 
-        return RayEngine(
-            model_dir,
-            dtype=config.dtype,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            tensor_parallel_size=config.tensor_parallel_size,
-            enforce_eager=config.enforce_eager,
-            quantization=config.quantization,
-            enable_prefix_caching=config.enable_prefix_caching,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            extra=config.extra,
-            processes=config.processes,
-        )
+        return RayEngine(model_dir, config, max_model_len=max_model_len)
     from stages.engines.transformers import TransformersEngine, open_fleet
 
     if config.processes > 1:

@@ -1,9 +1,12 @@
 """The one interface of all engines: token ids in, token ids and log-probabilities out."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from stages.errors import DivergedError
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,33 @@ class KeptEngine(Engine, Protocol):
             EngineError: a process died.
         """
         ...
+
+
+def check_length(request: Request, sampling: Sampling, max_model_len: int) -> None:
+    """Check that a request has a prompt, and that prompt and answer fit.
+
+    Raises:
+        ValueError: they do not.
+    """
+    name, length = f"request {request.request_id}", len(request.prompt_token_ids)
+    if length == 0:
+        raise ValueError(f"{name} has no prompt token")
+    if length + sampling.max_new_tokens > max_model_len:
+        raise ValueError(
+            f"{name}: {length} prompt tokens and {sampling.max_new_tokens} new ones exceed "
+            f"max_model_len={max_model_len}"
+        )
+
+
+def check_finite(completion: Completion, model_dir: Path) -> Completion:
+    """Return an answer whose log-probabilities are finite.
+
+    Raises:
+        DivergedError: they are not.
+    """
+    if not all(map(math.isfinite, completion.token_logprobs)):
+        raise DivergedError(
+            f"generate: {model_dir} gives log-probabilities that are not finite, so its "
+            "weights are broken; train it again with a lower learning rate"
+        )
+    return completion

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stages.engines import process
-from stages.engines.base import Completion, Request, Sampling
+from stages.engines.base import Completion, Request, Sampling, check_finite, check_length
 from stages.engines.places import Place, release_gpu_memory
 from stages.engines.process import Kind, Process
-from stages.errors import DivergedError, EngineError
+from stages.errors import EngineError
 
 START_TIMEOUT_S = 3600  # reading a large model from a slow disk, and compiling it
 
@@ -279,31 +279,22 @@ class Fleet:
             child.heard_at += seconds
 
     def _check_request(self, request: Request, sampling: Sampling) -> None:
-        name, length = f"request {request.request_id}", len(request.prompt_token_ids)
-        if length == 0:
-            raise ValueError(f"{name} has no prompt token")
-        if length + sampling.max_new_tokens > self._max_model_len:
-            raise ValueError(
-                f"{name}: {length} prompt tokens and {sampling.max_new_tokens} new ones exceed "
-                f"max_model_len={self._max_model_len}"
-            )
+        check_length(request, sampling, self._max_model_len)
         lowest, highest = min(request.prompt_token_ids), max(request.prompt_token_ids)
         if lowest < 0 or highest >= self._vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"{name}: token id {wrong} is not in the model's {self._vocab_size} tokens"
+                f"request {request.request_id}: token id {wrong} is not in the model's "
+                f"{self._vocab_size} tokens"
             )
 
     def _complete(
         self, request: Request, tokens: list[int], logprobs: list[float], reason: str
     ) -> Completion:
-        if not all(map(math.isfinite, logprobs)):
-            raise DivergedError(
-                f"generate: {self._model_dir} gives log-probabilities that are not finite, so its "
-                "weights are broken; train it again with a lower learning rate"
-            )
+        completion = Completion(request.request_id, tokens, logprobs, reason)
+        check_finite(completion, self._model_dir)
         if reason not in ("stop", "length"):
             raise EngineError(
                 f"engine {self._kind.name}: request {request.request_id} ended with {reason!r}"
             )
-        return Completion(request.request_id, tokens, logprobs, reason)
+        return completion

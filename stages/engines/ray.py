@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 
+from stages.config import EngineConfig
 from stages.engines.base import Sampling
 from stages.engines.fleet import Fleet
 from stages.engines.places import Place
@@ -79,28 +80,14 @@ _log = logging.getLogger("spin")
 class RayEngine(Fleet):
     """See `KeptEngine`. Runs on the cluster that RAY_ADDRESS names, or one of its own here."""
 
-    def __init__(
-        self,
-        model_dir: Path,
-        *,
-        dtype: str,
-        max_model_len: int,
-        gpu_memory_utilization: float = 0.9,
-        tensor_parallel_size: int = 1,
-        enforce_eager: bool | None = None,
-        quantization: str | None = None,
-        enable_prefix_caching: bool | None = None,
-        max_num_seqs: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        extra: Mapping[str, object],
-        processes: int = 1,
-    ) -> None:
+    def __init__(self, model_dir: Path, config: EngineConfig, *, max_model_len: int) -> None:
         """Connect to the cluster, and wait until a worker has loaded the model.
 
+        There are `processes` workers in the cluster, each on `tensor_parallel_size` GPUs of its
+        own; with vLLM's build for CPUs, on one CPU.
+
         Args:
-            processes: workers in the cluster, each on `tensor_parallel_size` GPUs of its own;
-                with vLLM's build for CPUs, on one CPU.
-            extra: see `VllmEngine`, for the rest too.
+            max_model_len: longest prompt and answer together, in tokens.
 
         Raises:
             InputError: Ray or vLLM is not installed, or a node does not see the model.
@@ -112,19 +99,7 @@ class RayEngine(Fleet):
                 "engine ray: Ray is not installed; pip install 'spin-selfplay[ray,vllm]'"
             )
         model_dir = model_dir.resolve()
-        arguments = engine_arguments(
-            model_dir,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            tensor_parallel_size=tensor_parallel_size,
-            enforce_eager=enforce_eager,
-            quantization=quantization,
-            enable_prefix_caching=enable_prefix_caching,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            extra=extra,
-        )
+        arguments = engine_arguments(model_dir, config, max_model_len)
         # Ours to delete: nobody else does when Ray's process is killed.
         self._folder = tempfile.TemporaryDirectory(prefix="spin-ray-", ignore_cleanup_errors=True)
         try:
@@ -132,8 +107,8 @@ class RayEngine(Fleet):
                 RAY,
                 {
                     "arguments": arguments,
-                    "extra": dict(extra),
-                    "processes": processes,
+                    "extra": dict(config.extra),
+                    "processes": config.processes,
                     "folder": self._folder.name,
                 },
                 [Place()],

@@ -24,11 +24,11 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from stages.engines.base import Completion, Request, Sampling
+from stages.engines.base import Completion, Request, Sampling, check_finite, check_length
 from stages.engines.fleet import Fleet
 from stages.engines.places import divide_cores, divide_gpus
 from stages.engines.process import TRANSFORMERS
-from stages.errors import ConfigError, DivergedError, InputError
+from stages.errors import ConfigError, InputError
 from stages.model.load import best_device, load_model
 
 ATTENTION = "spin_slots"
@@ -88,11 +88,12 @@ class TransformersEngine:
         while True:
             if decoder.is_hungry:
                 for request in islice(source, WINDOW_BATCHES * self._batch_size):
-                    self._check_length(request, sampling)
+                    check_length(request, sampling, self._max_model_len)
                     decoder.add(request)
             if not decoder.busy:
                 return
-            yield from map(self._check_finite, decoder.step())
+            for completion in decoder.step():
+                yield check_finite(completion, self._model_dir)
 
     def decoder(self, sampling: Sampling) -> "Decoder":
         """Return what answers requests, a step at a time; requests are not checked there."""
@@ -134,24 +135,6 @@ class TransformersEngine:
         self._model = model.to(device)
         self._model_dir = model_dir
         self._max_model_len = max_model_len
-
-    def _check_length(self, request: Request, sampling: Sampling) -> None:
-        length = len(request.prompt_token_ids)
-        if length == 0:
-            raise ValueError(f"request {request.request_id} has no prompt token")
-        if length + sampling.max_new_tokens > self._max_model_len:
-            raise ValueError(
-                f"request {request.request_id}: {length} prompt tokens and "
-                f"{sampling.max_new_tokens} new ones exceed max_model_len={self._max_model_len}"
-            )
-
-    def _check_finite(self, completion: Completion) -> Completion:
-        if not all(map(math.isfinite, completion.token_logprobs)):
-            raise DivergedError(
-                f"generate: {self._model_dir} gives log-probabilities that are not finite, so its "
-                "weights are broken; train it again with a lower learning rate"
-            )
-        return completion
 
 
 class Decoder:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.config import EngineConfig
 from stages.engines.vllm import VllmEngine
 from tests.pipeline.test_vllm_engine import (
     DRAWN,
@@ -27,10 +28,10 @@ pytestmark = [
 def test_a_kept_engine_sleeps_and_wakes_with_other_weights(tmp_path: Path) -> None:
     models = [save_model(tmp_path / f"{seed}", seed) for seed in (0, 1)]
     before, total = torch.cuda.mem_get_info()
-    engine = VllmEngine(
-        models[0], dtype="float32", max_model_len=MAX_MODEL_LEN, gpu_memory_utilization=0.5,
-        enforce_eager=True, extra={}, keep=True,
-    )  # fmt: skip
+    config = EngineConfig(
+        name="vllm", dtype="float32", gpu_memory_utilization=0.5, enforce_eager=True
+    )
+    engine = VllmEngine(models[0], config, max_model_len=MAX_MODEL_LEN, keep=True)
     try:
         for model_dir in (models[0], models[1], models[0]):
             found = by_id(engine.generate(prompts(20), DRAWN))

@@ -49,34 +49,20 @@ GREEDY = Sampling(temperature=0, top_p=1, top_k=0, max_new_tokens=12, stop_token
 
 def save_model(folder: Path, seed: int, **settings: Any) -> Path:
     """A Llama with random weights. vLLM has no CPU kernel for heads below 32."""
-    import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
     from stages.model.tokenizer import train_tokenizer
+    from tests.random_llama import save_random_llama
 
     tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
     tokenizer.chat_template = CHAT_TEMPLATE
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        **ends,
-        **settings,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.data.mul_(3)  # far enough from uniform that the prompt matters
-    model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(folder)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    save_random_llama(folder, seed, 3, ends, **shape, **ends, **settings)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -368,7 +354,7 @@ class TestReal:
 def test_a_missing_ray_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_ray, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="pip install 'spin-selfplay\\[ray,vllm\\]'"):
-        RayEngine(Path("model"), dtype="auto", max_model_len=64, extra={})
+        RayEngine(Path("model"), EngineConfig(name="ray"), max_model_len=64)
 
 
 def test_importing_the_engine_imports_no_ray() -> None:

