@@ -121,7 +121,7 @@ def _run_ours(spec: Spec, channel: Channel) -> None:
 
 def _our_repetition(spec: Spec, folder: Path, *, warm_up: bool) -> dict[str, Any]:
     from stages import score, train
-    from stages.config import load_recipe
+    from stages.recipe import load_recipe
 
     num_pairs, steps = len(spec.order), len(spec.order) // spec.batch
     settings = [

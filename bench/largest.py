@@ -94,7 +94,7 @@ def attempt(arguments: argparse.Namespace, layers: int) -> dict[str, Any]:
 def try_layers(arguments: argparse.Namespace) -> None:
     """Make a model and pairs, score and train; print the peak memory as JSON."""
     from stages import score, train
-    from stages.config import load_recipe
+    from stages.recipe import load_recipe
 
     folder: Path = arguments.folder
     shape = sized(arguments.shape, arguments.try_layers)

@@ -408,7 +408,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def recipe_config(device: str, processes: int, size: Size, overrides: Sequence[str]) -> Any:
     """Return the config of a run."""
-    from stages.config import load_recipe
+    from stages.recipe import load_recipe
 
     settings = [
         f"seed={SEED}",

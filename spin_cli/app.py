@@ -11,7 +11,7 @@ from spin_cli.screen import put, put_json, say, set_up_messages
 
 if TYPE_CHECKING:
     from spin_cli.steps import Step
-    from stages.config import Recipe
+    from stages.recipe import Recipe
 
 
 class Commands(TyperGroup):

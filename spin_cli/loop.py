@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from spin_cli.steps import ShellText, Step, command, execute
 from stages.artifacts.manifest import MANIFEST_NAME
-from stages.config import Recipe
 from stages.decisions import Opponent, first_opponent, opponent_of, player
 from stages.layout import ITERATION_STAGES, RunLayout
+from stages.recipe import Recipe
 
 if TYPE_CHECKING:
     from stages.engines import OpenEngine

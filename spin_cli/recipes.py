@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from stages.config import Recipe, load_recipe
 from stages.errors import ConfigError
+from stages.recipe import Recipe, load_recipe
 
 
 def load(name: str | None, overrides: list[str], source: str | None = None) -> Recipe:

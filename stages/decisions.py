@@ -7,9 +7,10 @@ from stages.artifacts import open_artifact, read_manifest
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, PointerEntry, read_pointer
-from stages.config import Recipe, RunConfig
+from stages.config import RunConfig
 from stages.errors import ConfigError, CorruptError, GateRefusedError, InputError
 from stages.layout import RunLayout
+from stages.recipe import Recipe
 
 METRICS = "metrics.json"
 DECISION = "decision.json"

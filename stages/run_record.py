@@ -7,9 +7,9 @@ from typing import Any
 
 from stages.artifacts.files import make_folder, write_durably
 from stages.artifacts.keys import canonical_json, open_sealed, sealed_text
-from stages.config import Recipe, recipe_from_json
 from stages.errors import ConfigError, CorruptError, InputError
 from stages.layout import RunLayout
+from stages.recipe import Recipe, recipe_from_json
 
 RECORD_FORMAT = 1
 _HASH_NAME = "sha256"

@@ -14,10 +14,10 @@ from stages.artifacts.json_file import read_object
 from stages.artifacts.locks import lock_path
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import read_pointer
-from stages.config import Recipe
 from stages.decisions import DECISION, METRICS
 from stages.errors import SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
+from stages.recipe import Recipe
 from stages.run_record import read_recipe
 
 

@@ -19,11 +19,12 @@ BELOW_STAGES = BASE | {
     "layout", "decisions", "progress", "journal", "answers", "data", "objective", "model",
     "engines", "rewards", "remote",
 }  # fmt: skip
-OF_A_RUN = {"layout", "run_record", "decisions"}
+OF_A_RUN = {"layout", "run_record", "decisions", "recipe"}
 # Room → the rooms it may import from. A room is a module or package right below stages/.
 ALLOWED = {
     "errors": set[str](),
     "config": {"errors"},
+    "recipe": {"config", "errors"},
     "artifacts": {"errors"},
     "layout": {"artifacts", "errors"},
     "objective": {"errors"},
@@ -37,8 +38,8 @@ ALLOWED = {
     "answers": BASE | {"data", "engines", "progress"},
     **dict.fromkeys(STAGES, BELOW_STAGES),
     # A run as a whole.
-    "run_record": BASE | {"layout"},
-    "decisions": BASE | {"layout", "run_record"},
+    "run_record": BASE | {"layout", "recipe"},
+    "decisions": BASE | {"layout", "recipe", "run_record"},
     "status": BASE | OF_A_RUN,
     "verify": BASE | OF_A_RUN,
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},

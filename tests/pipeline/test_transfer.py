@@ -22,10 +22,10 @@ from stages import transfer
 from stages.artifacts import Manifest, Outcome, Workspace, locks, produce, read_manifest
 from stages.artifacts.keys import sha256_bytes
 from stages.artifacts.pointer import read_pointer
-from stages.config import load_recipe
 from stages.errors import BusyError, ConfigError, CorruptError, InputError, SpinError
 from stages.layout import RunLayout
 from stages.promote import rollback
+from stages.recipe import load_recipe
 from stages.run_record import start_or_resume
 from stages.transfer import pull, push
 from stages.verify import verify

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import RunConfig, known_keys, load_recipe, recipe_from_json
+from stages.config import RunConfig
 from stages.errors import ConfigError
+from stages.recipe import known_keys, load_recipe, recipe_from_json
 
 RECIPE = """
 name: example

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from stages.config import EngineConfig, load_recipe
+from stages.config import EngineConfig
 from stages.engines import open_engine
 from stages.engines import vllm as engine_vllm
 from stages.engines.fleet import Fleet
 from stages.engines.vllm import CPU_KV_CACHE_BYTES, VllmEngine, architecture
 from stages.errors import ConfigError, InputError
+from stages.recipe import load_recipe
 
 
 @pytest.fixture(params=[True, False], ids=["cpu", "gpu"])

@@ -10,10 +10,11 @@ from stages.artifacts import Manifest, Outcome, Plan, open_artifact, produce
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import InputRef
 from stages.artifacts.pointer import read_pointer
-from stages.config import PromoteConfig, Recipe, load_recipe
+from stages.config import PromoteConfig
 from stages.decisions import champion_evaluation, opponent_of, read_decision
 from stages.errors import ConfigError, CorruptError, GateRefusedError, InputError
 from stages.layout import RunLayout
+from stages.recipe import Recipe, load_recipe
 from stages.run_record import start_or_resume
 
 METRIC = "sampled_accuracy"

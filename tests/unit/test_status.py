@@ -11,9 +11,9 @@ import pytest
 
 from spin_cli.loop import carry_on
 from stages.artifacts import locks
-from stages.config import Recipe, load_recipe
 from stages.errors import BusyError, CorruptError, InputError
 from stages.layout import RunLayout
+from stages.recipe import Recipe, load_recipe
 from stages.run_record import start_or_resume
 from stages.status import stage_state, status
 from tests import fake_stages

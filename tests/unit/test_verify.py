@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from spin_cli.loop import carry_on
-from stages.config import load_recipe
 from stages.errors import InputError
 from stages.layout import RunLayout
+from stages.recipe import load_recipe
 from stages.run_record import start_or_resume
 from stages.verify import verify
 from tests import fake_stages

@@ -1,0 +1,241 @@
+"""A recipe: what a file, its blocks for iterations and overrides say, resolved by the schema.
+
+A value comes from, in rising order of strength: the schema's default, the recipe file, the
+recipe's `iterations: {T: …}` block for iteration T, and `section.key=value` overrides.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from stages.config import RunConfig
+from stages.errors import ConfigError
+
+RECIPE_SCHEME = "recipe://"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe before it is resolved for an iteration; plain data, so that it can be stored."""
+
+    base: dict[str, Any]
+    iterations: dict[int, dict[str, Any]]
+    overrides: dict[str, Any]
+    """From dotted name to value."""
+    source: str
+    folder: Path | None = None
+    """Where `recipe://` points."""
+
+    def for_iteration(self, iteration: int | None = None) -> RunConfig:
+        """Return the typed config that holds in one iteration.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, or a value out of range.
+        """
+        merged = _merge(self.base, self.iterations.get(iteration, {}) if iteration is not None
+                        else {})  # fmt: skip
+        for name, value in self.overrides.items():
+            merged = _merge(merged, _nest(name, value))
+        return _validate(self._place_recipe_paths(merged), self.source)
+
+    def with_overrides(self, overrides: Sequence[str]) -> "Recipe":
+        """Return this recipe with further `section.key=value` overrides, the last one winning.
+
+        Raises:
+            ConfigError: an override is malformed or does not fit the schema.
+        """
+        parsed = dict(_parse_override(text) for text in overrides)
+        recipe = replace(self, overrides=self.overrides | parsed)
+        recipe.check()
+        return recipe
+
+    def check(self) -> None:
+        """Resolve the recipe for every iteration that it names.
+
+        Raises:
+            ConfigError: something in it does not fit the schema.
+        """
+        for iteration in [None, *self.iterations]:
+            self.for_iteration(iteration)
+
+    def settings(self, iteration: int | None = None) -> dict[str, Any]:
+        """Return what decides the results of one iteration, from dotted name to value."""
+        return _flatten(self.for_iteration(iteration).identity())
+
+    def origins(self, iteration: int | None = None) -> list[tuple[str, Any, str]]:
+        """Return (dotted name, value, where it came from) for every value, in schema order."""
+        config = self.for_iteration(iteration).model_dump(mode="json")
+        block = self.iterations.get(iteration, {}) if iteration is not None else {}
+        labels = dict.fromkeys(_flatten(self.base), self.source)
+        labels |= dict.fromkeys(_flatten(block), f"{self.source}, iteration {iteration}")
+        labels |= dict.fromkeys(_flatten(self.overrides), "override")
+        return [(name, value, labels.get(name, "default"))
+                for name, value in _flatten(config).items()]  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON values; see `recipe_from_json`."""
+        return {
+            "base": self.base,
+            "iterations": {str(t): block for t, block in sorted(self.iterations.items())},
+            "overrides": self.overrides,
+            "source": self.source,
+            "folder": str(self.folder) if self.folder else None,
+        }
+
+    def _place_recipe_paths(self, values: dict[str, Any]) -> dict[str, Any]:
+        placed: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                value = self._place_recipe_paths(value)
+            elif isinstance(value, str) and value.startswith(RECIPE_SCHEME):
+                if self.folder is None:
+                    raise ConfigError(f"{name}={value}: no recipe file to be beside; give a path")
+                value = str(self.folder / value.removeprefix(RECIPE_SCHEME))
+            placed[name] = value
+        return placed
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and `section.key=value` overrides; everything is checked at once.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, a key is unknown, a value is wrong.
+    """
+    content = _read_yaml(path) if path else {}
+    source = path.name if path else "defaults"
+    blocks = content.pop("iterations", None) or {}
+    if not isinstance(blocks, dict):
+        raise ConfigError(f"{source}: iterations must map an iteration number to settings")
+    recipe = Recipe(
+        base=content,
+        iterations={_iteration_number(t, source): block or {} for t, block in blocks.items()},
+        overrides=dict(_parse_override(text) for text in overrides),
+        source=source,
+        folder=path.resolve().parent if path else None,
+    )
+    recipe.check()
+    return recipe
+
+
+def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that `Recipe.to_json` wrote."""
+    return Recipe(
+        base=data["base"],
+        iterations={int(t): block for t, block in data["iterations"].items()},
+        overrides=data["overrides"],
+        source=data["source"],
+        folder=Path(data["folder"]) if data["folder"] else None,
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; see configs/ for those shipped") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"recipe {path} is no valid YAML: {reason}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"recipe {path} is a directory; name a .yaml file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path} holds a {type(content).__name__}, a mapping is needed")
+    return content
+
+
+def _iteration_number(text: Any, source: str) -> int:
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    raise ConfigError(f"{source}: iterations.{text}: iterations are numbered 0, 1, 2, …")
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: {value!r} is no valid YAML value") from None
+    return name, _number(parsed)
+
+
+def _number(value: Any) -> Any:
+    """Read `5e-7` as the number it is; YAML 1.1 takes it for text."""
+    if isinstance(value, str):
+        try:
+            return float(value) if value[:1] in "+-.0123456789" and value else value
+        except ValueError:
+            return value
+    return value
+
+
+def _nest(name: str, value: Any) -> dict[str, Any]:
+    head, _, rest = name.partition(".")
+    return {head: _nest(rest, value) if rest else value}
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for name, value in new.items():
+        before = merged.get(name)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merge(cast("Mapping[str, Any]", before), value) if both else value
+    return merged
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def _validate(values: dict[str, Any], source: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, known_keys(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; `spin config show` lists all keys"
+        return f"unknown key {name}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    of_section = first["type"] == "value_error" and isinstance(first["input"], Mapping)
+    given = "" if of_section else f"={first['input']!r}"
+    return f"{name}{given}: {message}"
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys of the schema."""
+    names: list[str] = []
+    for name, info in section.model_fields.items():
+        names.append(f"{prefix}{name}")
+        inner = _section_type(info.annotation)
+        if inner is not None:
+            names += known_keys(inner, f"{prefix}{name}.")
+    return names
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    options = getattr(annotation, "__args__", (annotation,))
+    found = (t for t in options if isinstance(t, type) and issubclass(t, BaseModel))
+    return next(found, None)
