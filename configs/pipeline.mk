@@ -78,7 +78,7 @@ endef
 ask = $$$$($(SPIN) opponent $(RUN) --iteration $(1)$(2))
 find = model=$(call ask,$(1)); $()
 before = $(call folder,$(shell echo $$(( $(1) - 1 ))))
-rewards = $(if $(filter %=ranked,$(call settings,--iteration $(1),pair.game)),$(call folder,$(1))/reward)
+rewards = $(if $(filter-out %=human_vs_self,$(call settings,--iteration $(1),pair.policy)),$(call folder,$(1))/reward)
 first_rules = $(call rules,0,$(call folder,0),$(START),,$(FIRST_OPTIONS),$(RUN)/start/evaluate,$(call rewards,0))
 later_rules = $(call rules,$(1),$(call folder,$(1)),$(call before,$(1))/promote/manifest.json,$(call find,$(1)),--model "$$$$model","$(call ask,$(1), --evaluation)",$(call rewards,$(1)))
 $(eval $(first_rules))

@@ -123,7 +123,7 @@ def _iteration_steps(
     generations = {**data, "generations": place["generate"]}
     yield step("generate", {**model, **data})
     rewards: dict[str, str] = {}
-    if config.pair.game == "ranked":
+    if config.pair.needs_rewards:
         yield step("reward", generations)
         rewards = {"rewards": place["reward"]}
     yield step("pair", {**generations, **rewards, **model})

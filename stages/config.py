@@ -337,13 +337,29 @@ class ParityConfig(_Section):
     """Largest difference of a token, one in a thousand left out; None: likewise."""
 
 
+class PoolConfig(_Section):
+    """Older opponents that answer beside the newest one."""
+
+    size: int = Field(0, ge=0)
+    """How many of the opponents before this one there are in the pool, the newest of them."""
+    share: Share = 0.2
+    """Share of the prompts that the pool answers, divided evenly among its models."""
+
+
 class GenerateConfig(SamplingConfig):
     """The opponent answers every prompt."""
 
     num_samples: Count = 1
     """Samples a prompt."""
     max_prompts: Count | None = None
-    """Answer only this many prompts, drawn by seed and iteration; None answers all."""
+    """Answer only this many prompts; None answers all."""
+    prompt_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Answer this share of the prompts; it and `max_prompts` exclude each other."""
+    draw: Literal["independent", "slices"] = "independent"
+    """Which prompts those are. `independent`: drawn anew each iteration; `slices`: iterations take
+    slices of one shuffled order in turn, so that no prompt comes again before all have come."""
+    pool: PoolConfig = PoolConfig()
+    """Older opponents that answer a share of the prompts."""
     shard_rows: Count | None = _place(None)
     """Rows a shard: what a kill can cost at most, and what one worker takes at a time. None: a
     32nd of all, but 128 at least and 2,048 at most. What an attempt began with holds to its end."""
@@ -357,21 +373,78 @@ class GenerateConfig(SamplingConfig):
 
 
 class RewardConfig(_Section):
-    """What scores a response by itself."""
+    """What scores a response."""
 
     name: Literal["none", "gsm8k"] = "none"
+
+
+class ReplayConfig(_Section):
+    """Pairs of earlier iterations that are trained on again, rescored under the new reference."""
+
+    iterations: int = Field(0, ge=0)
+    """How many iterations back pairs are taken from; 0 trains on the iteration's own alone."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each earlier iteration's pairs that is kept, drawn by seed."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight in the loss of a pair from one iteration back; from n back it is weight**n."""
+
+
+PairPolicy = Literal["human_vs_self", "human_vs_worst", "best_vs_worst", "best_vs_random", "random"]
 
 
 class PairConfig(_Section):
     """How a prompt gets its chosen and rejected response."""
 
-    game: Literal["human_vs_self", "ranked"] = "human_vs_self"
+    policy: PairPolicy = "human_vs_self"
+    """`human_vs_self`: the human response against each sample (the paper). `human_vs_worst`:
+    against the samples with the lowest rewards. `best_vs_worst`: the sample with the highest
+    reward against those with the lowest (verl); `best_vs_random`: against others, drawn by seed;
+    `random`: two samples drawn by seed, the one with the higher reward chosen."""
+    max_pairs: Count | None = None
+    """At most so many pairs a prompt, which is also how many are rejected by one chosen response;
+    None: all of them in human_vs_self, one where rewards rank."""
     tie_policy: Literal["drop", "first"] = "drop"
-    """Ranked game, all samples equally good: drop the prompt, or take the first two."""
+    """Equal rewards on both sides: drop the pair, or let the first sample win."""
+    min_margin: NonNegative | None = None
+    """Drop pairs whose rewards differ by less than this."""
+    max_margin: Positive | None = None
+    """Drop pairs whose rewards differ by more than this."""
+    min_chosen_reward: float | None = None
+    """Drop pairs whose chosen sample has a reward below this."""
+    max_rejected_reward: float | None = None
+    """Drop pairs whose rejected sample has a reward above this."""
+    length_penalty: NonNegative = 0.0
+    """Taken off a sample's reward for each of its tokens, before anything is ranked."""
+    win_probability: Literal["none", "one", "bradley_terry", "win_rate"] = "none"
+    """What the sppo loss is told of how surely chosen beats rejected: nothing; 1 (a human
+    response); the logistic function of the reward difference; or (1 + difference) / 2 where
+    rewards are win rates in 0..1, such as a judge's."""
     drop_cut_off: bool = True
     """Drop pairs with a response that was cut off at max_new_tokens."""
     max_length: Count = 2048
     """Longest prompt and response together, in tokens."""
+    min_response_tokens: int = Field(0, ge=0)
+    """Drop pairs with a response of fewer tokens than this, its end token included."""
+    max_response_tokens: Count | None = None
+    """Drop pairs with a response of more tokens than this."""
+    max_length_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Drop pairs whose longer response has more than this times the tokens of the shorter."""
+    replay: ReplayConfig = ReplayConfig()
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether samples are ranked by rewards."""
+        return self.policy != "human_vs_self"
+
+
+class ReferenceConfig(_Section):
+    """The model that the player is held to, and against which its rewards are measured."""
+
+    policy: Literal["opponent", "first"] = "opponent"
+    """`opponent`: that of the iteration in which the reference was last refreshed; `first`: the
+    opponent of iteration 0 for ever."""
+    update_every: Count = 1
+    """Iterations between two refreshes: 1 takes each iteration's own opponent."""
 
 
 class ScoreConfig(ForwardConfig, ParallelConfig):
@@ -412,6 +485,9 @@ class TrainConfig(OptimConfig):
     reference_free: bool = False
     nll_weight: NonNegative = 0.0
     """Weight of the chosen response's mean negative log-likelihood a token (RPO)."""
+    carry_optimizer: bool = False
+    """Go on with the optimizer's state and step count of the player before, instead of anew; the
+    schedule then runs over all iterations, so it must be constant (with its warm-up)."""
     control: bool = False
     """Train the control arm instead: supervised steps on the chosen responses, same number."""
     lora: LoraConfig | None = None
@@ -443,6 +519,38 @@ class PromoteConfig(_Section):
     """After a refusal: stop the run, play on from the champion, or from the player anyway."""
 
 
+class AdaptConfig(_Section):
+    """A setting that follows a measurement from one iteration to the next."""
+
+    target_kl: Positive | None = None
+    """Wanted mean divergence of a player from its opponent, in nats a response, on held-out
+    prompts (evaluate's `heldout_kl`); None adapts nothing."""
+    key: Literal["train.beta", "train.learning_rate"] = "train.beta"
+    """What is adapted: β rises when the divergence is too large, the learning rate falls."""
+    factor: Annotated[float, Field(gt=1)] = 2.0
+    """Largest factor of one change; the change is (measured / target) ** ½ within it."""
+    tolerance: Annotated[float, Field(ge=1)] = 1.5
+    """Nothing changes while the measured value is within this factor of the target."""
+    lowest: Positive | None = None
+    highest: Positive | None = None
+
+
+class StopConfig(_Section):
+    """When a run has converged; `spin run --until-converged` asks after each iteration."""
+
+    max_iterations: Count = 10
+    """Iterations at most."""
+    discriminator_margin: NonNegative | None = 0.0
+    """Stop when the held-out accuracy of the discriminator that the loss trains is, at the lower
+    end of its confidence interval, not above one half plus this; None does not ask."""
+    identical_share: Share | None = None
+    """Stop when this share of the opponent's answers equals the human ones."""
+    min_gain: float | None = None
+    """Stop when the metric of `promote` gained less than this in each of `patience` iterations."""
+    patience: Count = 2
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
 class RunConfig(_Section):
     """A recipe, resolved for one iteration."""
 
@@ -460,10 +568,13 @@ class RunConfig(_Section):
     generate: GenerateConfig = GenerateConfig()
     reward: RewardConfig = RewardConfig()
     pair: PairConfig = PairConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
+    adapt: AdaptConfig = AdaptConfig()
+    stop: StopConfig = StopConfig()
 
     @model_validator(mode="after")
     def _vllm_has_the_temperature(self) -> "RunConfig":
@@ -478,11 +589,30 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _ranked_needs_a_reward(self) -> "RunConfig":
-        if self.pair.game == "ranked" and (
-            self.reward.name == "none" or self.generate.num_samples < 2
+    def _ranking_needs_rewards(self) -> "RunConfig":
+        policy, least = self.pair.policy, 1 if self.pair.policy == "human_vs_worst" else 2
+        if self.pair.needs_rewards and (
+            self.reward.name == "none" or self.generate.num_samples < least
         ):
             raise ValueError(
-                "pair.game=ranked needs reward.name to be set and generate.num_samples >= 2"
+                f"pair.policy={policy} needs reward.name to be set and "
+                f"generate.num_samples >= {least}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drawn_one_way(self) -> "RunConfig":
+        if self.generate.max_prompts is not None and self.generate.prompt_share is not None:
+            raise ValueError(
+                "generate.max_prompts and generate.prompt_share exclude each other; set one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _carried_schedules_are_constant(self) -> "RunConfig":
+        if self.train.carry_optimizer and self.train.schedule != "constant":
+            raise ValueError(
+                "train.carry_optimizer runs one schedule over all iterations, whose number is "
+                "open; set train.schedule=constant (with train.warmup_steps=N)"
             )
         return self

@@ -79,9 +79,9 @@ def run(config: RunConfig, inputs: PairInputs, out: Path) -> Manifest:
         "generations": generations.input_ref(root),
     }
     rewards = None
-    if config.pair.game == "ranked":
+    if config.pair.needs_rewards:
         if inputs.rewards is None:
-            raise ConfigError("pair.game=ranked needs rewards; give --rewards")
+            raise ConfigError(f"pair.policy={config.pair.policy} needs rewards; give --rewards")
         rewards = open_artifact(inputs.rewards, stages=("reward",), verify=config.verify)
         _check_belong(rewards, "generations", generations.manifest.key)
         refs["rewards"] = rewards.input_ref(root)
@@ -151,7 +151,7 @@ def pairs_of_prompt(
 
     A candidate is a sample in `human_vs_self`, the prompt itself in `ranked`.
     """
-    if config.game == "ranked":
+    if config.needs_rewards:
         candidates = [_best_and_worst(samples, config)]
     else:
         human = _human(prompt["response"], renderer)

@@ -54,7 +54,7 @@ def stage_state(out: Path) -> dict[str, Any]:
 
 
 def _iteration(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, Any]:
-    ranked = recipe.for_iteration(iteration).pair.game == "ranked"
+    ranked = recipe.for_iteration(iteration).pair.needs_rewards
     stages = {name: stage_state(layout.stage(iteration, name)) for name in ITERATION_STAGES}
     if not ranked and stages["reward"]["state"] == "missing":
         del stages["reward"]

@@ -123,7 +123,7 @@ class TestTheLoop:
         assert read_manifest(Path("a/iterations/001/train")).config["train"]["beta"] == 5.0
 
     def test_a_ranked_game_has_rewards(self) -> None:
-        words = ["pair.game=ranked", "reward.name=gsm8k", "generate.num_samples=2"]
+        words = ["pair.policy=best_vs_worst", "reward.name=gsm8k", "generate.num_samples=2"]
         run(*words, iterations=1)
         assert "000/reward" in fake_stages.calls
         assert read_manifest(Path("a/iterations/000/pair")).inputs["rewards"].inside_run
@@ -488,7 +488,7 @@ class TestTrueStages:
             sft,
             "sft.architecture={num_layers: 1, hidden_size: 32, intermediate_size: 64}",
             "chat.template=plain",
-            "pair={game: ranked, tie_policy: first, drop_cut_off: false}",
+            "pair={policy: best_vs_worst, tie_policy: first, drop_cut_off: false}",
             "generate.num_samples=2",
         ]
         run(*settings, iterations=1)

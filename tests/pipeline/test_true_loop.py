@@ -161,7 +161,7 @@ def test_stages_by_hand_make_what_the_run_made(played: Path, tmp_path: Path) -> 
 
 def test_the_ranked_game_goes_through(played: Path, tmp_path: Path) -> None:
     settings = [
-        "pair.game=ranked",
+        "pair.policy=best_vs_worst",
         "pair.tie_policy=first",
         "generate.num_samples=2",
         "promote.min_value=null",

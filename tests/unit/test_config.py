@@ -118,7 +118,7 @@ def test_origins_name_every_setting_once() -> None:
         ("generate.num_samples=1.5", r"generate\.num_samples=1\.5: .*integer"),
         ("seed=-1", r"seed=-1: .*greater than or equal to 0"),
         ("seed.x=1", r"seed=.*integer"),
-        ("pair.game=ranked", r"pair\.game=ranked needs reward\.name"),
+        ("pair.policy=best_vs_worst", r"pair\.policy=best_vs_worst needs reward\.name"),
         ("train.beta", r"override 'train\.beta' is not of the form section\.key=value"),
         ("=1", r"override '=1' is not of the form"),
         ("train.beta=[1", r"override 'train\.beta=\[1': .* no valid YAML"),

@@ -96,12 +96,12 @@ def test_ranked_by_hand(
     samples = [
         _sample(renderer, i, f"answer {i}", reward=reward) for i, reward in enumerate(rewards)
     ]
-    assert _outcomes(renderer, samples, game="ranked", **settings) == [outcome]
+    assert _outcomes(renderer, samples, policy="best_vs_worst", **settings) == [outcome]
 
 
 def test_ranked_never_pairs_equal_answers(renderer: Renderer) -> None:
     samples = [_sample(renderer, i, "same", reward=0.0) for i in range(2)]
-    assert _outcomes(renderer, samples, game="ranked", tie_policy="first") == ["identical"]
+    assert _outcomes(renderer, samples, policy="best_vs_worst", tie_policy="first") == ["identical"]
 
 
 def test_every_candidate_has_one_outcome(renderer: Renderer) -> None:

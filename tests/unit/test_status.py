@@ -19,7 +19,7 @@ from stages.status import stage_state, status
 from tests import fake_stages
 
 STAGES = ["generate", "pair", "score", "train", "evaluate", "promote"]
-RANKED = ["pair.game=ranked", "reward.name=gsm8k", "generate.num_samples=2"]
+RANKED = ["pair.policy=best_vs_worst", "reward.name=gsm8k", "generate.num_samples=2"]
 
 
 @pytest.fixture(autouse=True)
