@@ -140,6 +140,8 @@ NO_TEXT = {
     "chosen_reward": None,
     "rejected_reward": None,
     "win_probability": None,
+    "iteration": 0,
+    "weight": 1.0,
 }
 """What a row of PAIRS holds beside its id and its tokens."""
 

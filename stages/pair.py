@@ -26,7 +26,7 @@ from stages.data.rows import DROPPED, GENERATIONS, PAIRS, PROMPTS, REWARDS
 from stages.errors import ConfigError, InputError
 from stages.model.source import resolve_model
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,8 @@ def pairs_of_prompt(
             "chosen_reward": chosen.reward,
             "rejected_reward": rejected.reward,
             "win_probability": None,
+            "iteration": 0,
+            "weight": 1.0,
         }
 
 

@@ -77,9 +77,12 @@ _PAIR_COLUMNS: dict[str, pa.DataType | tuple[pa.DataType, str]] = {
     "chosen_reward": (pa.float64(), "optional"),
     "rejected_reward": (pa.float64(), "optional"),
     "win_probability": (pa.float64(), "optional"),
+    "iteration": pa.int32(),
+    "weight": pa.float64(),
 }
 PAIRS = _schema(**_PAIR_COLUMNS)
-"""A chosen and a rejected response to one prompt; a source is `human` or `sample N`."""
+"""A chosen and a rejected response to one prompt; a source is `human` or `sample N`. `iteration` is
+that whose opponent gave the samples, `weight` the pair's in the loss: 1 for an iteration's own."""
 
 SCORED_PAIRS = _schema(
     **_PAIR_COLUMNS,

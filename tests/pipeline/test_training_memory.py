@@ -30,6 +30,8 @@ def scored(folder: Path, num_rows: int) -> Path:
             ("chosen_reward", "rejected_reward", "win_probability"),
             pa.nulls(num_rows, pa.float64()),
         ),
+        "iteration": pa.array([0] * num_rows),
+        "weight": pa.array([1.0] * num_rows),
         **dict.fromkeys(
             ("reference_chosen_logprob", "reference_rejected_logprob"),
             pa.array([-100.0] * num_rows),
