@@ -7,17 +7,20 @@ from stages.errors import ConfigError
 from stages.recipe import Recipe, load_recipe
 
 
-def load(name: str | None, overrides: list[str], source: str | None = None) -> Recipe:
+def load(
+    name: str | None, overrides: list[str], source: str | None = None, *, shrink: bool = False
+) -> Recipe:
     """Return a recipe with overrides.
 
     Args:
         name: a file, or the name of a shipped recipe; None is the schema's defaults.
         source: sets prepare.source, taken as it is.
+        shrink: take the recipe's reduced form.
 
     Raises:
         ConfigError: there is no such recipe, or it does not fit the schema.
     """
-    recipe = load_recipe(find(name) if name is not None else None, overrides)
+    recipe = load_recipe(find(name) if name is not None else None, overrides, shrink=shrink)
     if source is not None:
         recipe = replace(recipe, overrides={**recipe.overrides, "prepare.source": source})
     return recipe

@@ -1,10 +1,13 @@
 """A recipe: what a file, its blocks for iterations and overrides say, resolved by the schema.
 
 A value comes from, in rising order of strength: the schema's default, the recipe file, the
-recipe's `iterations: {T: …}` block for iteration T, and `section.key=value` overrides.
+recipe's `iterations` blocks for the iteration, wider ones first (`2+`, then `2-3`, then `2`), and
+`section.key=value` overrides. `shrink`, where it is asked for, is merged over file and blocks.
 """
 
 import difflib
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +23,52 @@ RECIPE_SCHEME = "recipe://"
 
 
 @dataclass(frozen=True)
+class Span:
+    """Iterations in a row: `2`, `1-2`, or `2+`, which has no end."""
+
+    first: int
+    last: int | None
+
+    def __contains__(self, iteration: int | None) -> bool:
+        """Tell whether an iteration is one of them."""
+        if iteration is None or iteration < self.first:
+            return False
+        return self.last is None or iteration <= self.last
+
+    def __str__(self) -> str:
+        """Return how recipes write it."""
+        if self.last is None:
+            return f"{self.first}+"
+        return f"{self.first}" if self.last == self.first else f"{self.first}-{self.last}"
+
+    @property
+    def width(self) -> tuple[float, int]:
+        """What spans are ordered by, so that a narrow one comes after a wide one around it."""
+        return (-math.inf if self.last is None else self.first - self.last, self.first)
+
+
+def read_span(text: Any) -> Span:
+    """Return the iterations that a recipe names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    found = re.fullmatch(r"(\d+)(?:(\+)|-(\d+))?", str(text), re.ASCII)
+    if isinstance(text, bool) or not found:
+        raise ValueError(f"{text} is no iteration")
+    first = int(found[1])
+    last = None if found[2] else int(found[3] or first)
+    if last is not None and last < first:
+        raise ValueError(f"{text} ends before it begins")
+    return Span(first, last)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe before it is resolved for an iteration; plain data, so that it can be stored."""
 
     base: dict[str, Any]
-    iterations: dict[int, dict[str, Any]]
+    iterations: dict[Span, dict[str, Any]]
     overrides: dict[str, Any]
     """From dotted name to value."""
     source: str
@@ -37,8 +81,7 @@ class Recipe:
         Raises:
             ConfigError: an unknown key, a wrong type, or a value out of range.
         """
-        merged = _merge(self.base, self.iterations.get(iteration, {}) if iteration is not None
-                        else {})  # fmt: skip
+        merged = _merge(self.base, self._block(iteration))
         for name, value in self.overrides.items():
             merged = _merge(merged, _nest(name, value))
         return _validate(self._place_recipe_paths(merged), self.source)
@@ -60,8 +103,13 @@ class Recipe:
         Raises:
             ConfigError: something in it does not fit the schema.
         """
-        for iteration in [None, *self.iterations]:
+        for iteration in [None, *self.turning_points()]:
             self.for_iteration(iteration)
+
+    def turning_points(self) -> list[int]:
+        """Return 0 and the iterations whose settings may differ from those of the one before."""
+        after = (span.last + 1 for span in self.iterations if span.last is not None)
+        return sorted({0, *(span.first for span in self.iterations), *after})
 
     def settings(self, iteration: int | None = None) -> dict[str, Any]:
         """Return what decides the results of one iteration, from dotted name to value."""
@@ -70,9 +118,9 @@ class Recipe:
     def origins(self, iteration: int | None = None) -> list[tuple[str, Any, str]]:
         """Return (dotted name, value, where it came from) for every value, in schema order."""
         config = self.for_iteration(iteration).model_dump(mode="json")
-        block = self.iterations.get(iteration, {}) if iteration is not None else {}
         labels = dict.fromkeys(_flatten(self.base), self.source)
-        labels |= dict.fromkeys(_flatten(block), f"{self.source}, iteration {iteration}")
+        block = _flatten(self._block(iteration))
+        labels |= dict.fromkeys(block, f"{self.source}, iteration {iteration}")
         labels |= dict.fromkeys(_flatten(self.overrides), "override")
         return [(name, value, labels.get(name, "default"))
                 for name, value in _flatten(config).items()]  # fmt: skip
@@ -81,11 +129,19 @@ class Recipe:
         """Return the recipe as plain JSON values; see `recipe_from_json`."""
         return {
             "base": self.base,
-            "iterations": {str(t): block for t, block in sorted(self.iterations.items())},
+            "iterations": {str(span): block for span, block in self.iterations.items()},
             "overrides": self.overrides,
             "source": self.source,
             "folder": str(self.folder) if self.folder else None,
         }
+
+    def _block(self, iteration: int | None) -> dict[str, Any]:
+        """Return what holds in one iteration beside the base."""
+        block: dict[str, Any] = {}
+        for span in sorted(self.iterations, key=lambda span: span.width):
+            if iteration in span:
+                block = _merge(block, self.iterations[span])
+        return block
 
     def _place_recipe_paths(self, values: dict[str, Any]) -> dict[str, Any]:
         placed: dict[str, Any] = {}
@@ -100,20 +156,35 @@ class Recipe:
         return placed
 
 
-def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path | None, overrides: Sequence[str] = (), *, shrink: bool = False
+) -> Recipe:
     """Read a recipe file and `section.key=value` overrides; everything is checked at once.
 
+    Args:
+        shrink: take the recipe's reduced form, which its `shrink` section describes.
+
     Raises:
-        ConfigError: the file is missing or no YAML mapping, a key is unknown, a value is wrong.
+        ConfigError: the file is missing or no YAML mapping, a key is unknown, a value is wrong, or
+            the recipe has no reduced form.
     """
     content = _read_yaml(path) if path else {}
     source = path.name if path else "defaults"
-    blocks = content.pop("iterations", None) or {}
-    if not isinstance(blocks, dict):
-        raise ConfigError(f"{source}: iterations must map an iteration number to settings")
+    smaller = _mapping(content.pop("shrink", None), f"{source}: shrink")
+    blocks = _blocks(content, source)
+    if shrink:
+        if not smaller:
+            raise ConfigError(
+                f"{source} has no reduced form; add a `shrink` section with the settings of a "
+                "small model and little data, or leave out --shrink"
+            )
+        source = f"{source} --shrink"
+        for span, block in _blocks(smaller, source).items():
+            blocks[span] = _merge(blocks.get(span, {}), block)
+        content = _merge(content, smaller)
     recipe = Recipe(
         base=content,
-        iterations={_iteration_number(t, source): block or {} for t, block in blocks.items()},
+        iterations=blocks,
         overrides=dict(_parse_override(text) for text in overrides),
         source=source,
         folder=path.resolve().parent if path else None,
@@ -126,7 +197,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     """Return the recipe that `Recipe.to_json` wrote."""
     return Recipe(
         base=data["base"],
-        iterations={int(t): block for t, block in data["iterations"].items()},
+        iterations={read_span(text): block for text, block in data["iterations"].items()},
         overrides=data["overrides"],
         source=data["source"],
         folder=Path(data["folder"]) if data["folder"] else None,
@@ -150,10 +221,28 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _iteration_number(text: Any, source: str) -> int:
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
-    raise ConfigError(f"{source}: iterations.{text}: iterations are numbered 0, 1, 2, …")
+def _blocks(content: dict[str, Any], source: str) -> dict[Span, dict[str, Any]]:
+    """Take the `iterations` section out of a recipe's content, and return it."""
+    where = f"{source}: iterations"
+    blocks = {}
+    for text, block in _mapping(content.pop("iterations", None), where).items():
+        try:
+            span = read_span(text)
+        except ValueError:
+            raise ConfigError(
+                f"{where}.{text}: iterations are numbered 0, 1, 2, …; 1-2 are several, 2+ is that "
+                "and all after"
+            ) from None
+        blocks[span] = _mapping(block, f"{where}.{text}")
+    return blocks
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} holds a {type(value).__name__}, a mapping is needed")
+    return value
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

@@ -70,7 +70,8 @@ def first_difference(old: Recipe, new: Recipe) -> str | None:
 
     Settings that only name a place or change speed are passed over.
     """
-    for iteration in [None, *sorted(old.iterations.keys() | new.iterations.keys())]:
+    points = {*old.turning_points(), *new.turning_points()}
+    for iteration in [None, *sorted(points)]:
         before, now = old.settings(iteration), new.settings(iteration)
         for name in [*before, *(name for name in now if name not in before)]:
             if name not in before or name not in now or before[name] != now[name]:

@@ -1,5 +1,6 @@
 """How a recipe resolves: defaults, file, iteration blocks, overrides; and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,10 @@ def test_a_wrong_override_is_refused_with_a_remedy(override: str, message: str) 
     [
         ("train: {bta: 1}", r"example\.yaml: unknown key train\.bta; did you mean train\.beta"),
         ("iterations: {2: {train: {bta: 1}}}", r"unknown key train\.bta"),
-        ("iterations: [1]", r"iterations must map an iteration number"),
+        ("iterations: [1]", r"iterations holds a list, a mapping is needed"),
+        ("iterations: {2-1: {}}", r"iterations\.2-1"),
+        ("iterations: {2+: 3}", r"iterations\.2\+ holds a int"),
+        ("shrink: [1]", r"shrink holds a list"),
         ("iterations: {first: {}}", r"iterations\.first: iterations are numbered 0, 1, 2"),
         ("iterations: {-1: {}}", r"iterations\.-1"),
         ("[1, 2]", r"holds a list, a mapping is needed"),
@@ -218,3 +222,64 @@ def test_places_and_speed_are_no_part_of_the_identity(tmp_path: Path) -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().seed = 3  # type: ignore[misc]
+
+
+SPANS = """
+train: {beta: 0.1}
+iterations:
+  2: {train: {beta: 0.5}}
+  1+: {train: {beta: 0.2, learning_rate: 1.0e-6}, seed: 3}
+  2-3: {train: {beta: 0.3}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("iteration", "beta", "seed"),
+    [(None, 0.1, 0), (0, 0.1, 0), (1, 0.2, 3), (2, 0.5, 3), (3, 0.3, 3), (4, 0.2, 3), (99, 0.2, 3)],
+)
+def test_the_narrower_block_of_iterations_wins(
+    iteration: int | None, beta: float, seed: int, tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(SPANS)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    stored = recipe_from_json(json.loads(json.dumps(recipe.to_json(), sort_keys=True)))
+    for form in (recipe, stored):
+        config = form.for_iteration(iteration)
+        assert (config.train.beta, config.seed) == (beta, seed)
+
+
+def test_every_iteration_where_settings_change_is_a_turning_point(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(SPANS)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    changes = [t for t in range(1, 20) if recipe.settings(t) != recipe.settings(t - 1)]
+    assert set(changes) <= set(recipe.turning_points())
+
+
+SHRINK = """
+train: {beta: 0.4, batch_size: 64}
+iterations: {1: {train: {beta: 5.0, learning_rate: 1.0e-7}}}
+shrink:
+  model: {path: tiny}
+  train: {batch_size: 2}
+  iterations: {1: {train: {batch_size: 3}}}
+"""
+
+
+def test_the_reduced_form_changes_what_it_names_and_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(SHRINK)
+    whole, small = load_recipe(path), load_recipe(path, shrink=True)
+    differing = {
+        t: {name for name, value in small.settings(t).items() if whole.settings(t)[name] != value}
+        for t in (0, 1)
+    }
+    assert differing == {0: {"train.batch_size"}, 1: {"train.batch_size"}}
+    assert small.for_iteration(1).train.batch_size == 3
+    assert small.for_iteration(1).model.path == "tiny"
+    assert "r.yaml --shrink" in {origin for *_, origin in small.origins()}
+
+
+def test_a_recipe_without_a_reduced_form_says_so(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: x")
+    with pytest.raises(ConfigError, match=r"r\.yaml has no reduced form; add a `shrink` section"):
+        load_recipe(tmp_path / "r.yaml", shrink=True)
