@@ -1,7 +1,9 @@
 """Who plays whom: what was decided in a run, read from its decisions and its pointer."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stages.artifacts import open_artifact, read_manifest
 from stages.artifacts.json_file import read_object
@@ -29,6 +31,8 @@ class Decision:
     min_gain: float | None
     reasons: list[str]
     """One sentence a condition."""
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    """Those that fired: {name, stage, value, threshold, action, text}."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,34 @@ def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     if policy == "stop":
         raise _refusal(layout, before, "it was promoted, and rolled back since")
     return first if champion is None else _at(layout, champion.path)
+
+
+def reference_of(recipe: Recipe, iteration: int, opponent: Callable[[int], Opponent]) -> Opponent:
+    """Return the reference of an iteration: what its pairs are scored under.
+
+    Args:
+        opponent: whom an iteration plays against, such as `opponent_of`.
+    """
+    reference = recipe.for_iteration(iteration).reference
+    if reference.policy == "first":
+        return opponent(0)
+    return opponent(iteration - iteration % reference.update_every)
+
+
+def pool_of(recipe: Recipe, iteration: int, opponent: Callable[[int], Opponent]) -> list[Opponent]:
+    """Return the older opponents that answer in an iteration too, the newest first.
+
+    They are those of as many iterations before; after a refusal one of them can be the newest
+    opponent itself.
+    """
+    size = min(recipe.for_iteration(iteration).generate.pool.size, iteration)
+    return [opponent(iteration - age) for age in range(1, size + 1)]
+
+
+def replayed(recipe: Recipe, iteration: int) -> list[int]:
+    """Return the iterations whose pairs are trained on again in this one, the newest first."""
+    wanted = recipe.for_iteration(iteration).pair.replay.iterations
+    return [iteration - age for age in range(1, min(wanted, iteration) + 1)]
 
 
 def _before(pointer: Pointer | None, player: str) -> PointerEntry | None:

@@ -51,6 +51,10 @@ class RunLayout:
         assert stage in ITERATION_STAGES, stage
         return self.root / "iterations" / f"{iteration:03d}" / stage
 
+    def pool(self, iteration: int, member: int) -> Path:
+        """Return what a member of the pool (1, 2, …) answered in one iteration."""
+        return self.root / "iterations" / f"{iteration:03d}" / f"pool-{member}"
+
     def iterations(self) -> list[int]:
         """Return the numbers of the iterations that were begun, in order."""
         try:

@@ -40,10 +40,14 @@ ALLOWED = {
     # A run as a whole.
     "run_record": BASE | {"layout", "recipe"},
     "decisions": BASE | {"layout", "recipe", "run_record"},
-    "status": BASE | OF_A_RUN,
+    "adaptation": BASE | {"decisions", "layout", "recipe"},
+    "convergence": BASE | {"decisions", "layout", "recipe"},
+    "status": BASE | OF_A_RUN | {"convergence"},
     "verify": BASE | OF_A_RUN,
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},
-    "spin_cli": BASE | STAGES | OF_A_RUN | {"engines", "progress", "status", "transfer", "verify"},
+    "spin_cli": BASE | STAGES | OF_A_RUN | {
+        "adaptation", "convergence", "engines", "progress", "status", "transfer", "verify",
+    },
 }
 
 

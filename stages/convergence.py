@@ -1,0 +1,81 @@
+"""Whether a run may end: the opponent can no longer be told from the data, or nothing is gained."""
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+from stages.artifacts import open_artifact
+from stages.artifacts.json_file import read_object
+from stages.config import RunConfig, StopConfig
+from stages.decisions import METRICS, Decision, read_decision
+from stages.layout import RunLayout
+from stages.recipe import Recipe
+
+
+def converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
+    """Return in words why a run has converged with an iteration that was decided; None: it has not.
+
+    A player that alarms refused says nothing about convergence.
+
+    Raises:
+        InputError: the iteration is not decided yet.
+    """
+    config = recipe.for_iteration(iteration)
+    decision = read_decision(layout.stage(iteration, "promote"))
+    if any(alarm["action"] == "refuse" for alarm in decision.alarms):
+        return None
+    evaluation = open_artifact(layout.stage(iteration, "evaluate"), stages=("evaluate",))
+    metrics = read_object(evaluation, METRICS)
+    decisions = [
+        read_decision(layout.stage(t, "promote"))
+        for t in range(max(0, iteration + 1 - config.stop.patience), iteration + 1)
+    ]
+    return (
+        _cannot_be_told_apart(config, metrics)
+        or _answers_alike(config.stop, metrics)
+        or _gains_nothing(config.stop, decisions)
+    )
+
+
+def _cannot_be_told_apart(config: RunConfig, metrics: Mapping[str, Any]) -> str | None:
+    """Ask the discriminator, which only a game against human responses trains."""
+    margin = config.stop.discriminator_margin
+    accuracy = metrics.get("heldout_reward_accuracy")
+    error = metrics.get("heldout_reward_accuracy_stderr")
+    of_humans = config.pair.policy in ("human_vs_self", "human_vs_worst")
+    if margin is None or accuracy is None or error is None or not of_humans:
+        return None
+    half_width = NormalDist().inv_cdf((1 + config.stop.confidence) / 2) * error
+    if accuracy - half_width > 0.5 + margin:
+        return None
+    return (
+        f"the player tells the data from its opponent in {accuracy:.1%} (±{half_width:.1%}) of "
+        f"held-out prompts, {0.5 + margin:.1%} is as good as guessing"
+    )
+
+
+def _answers_alike(stop: StopConfig, metrics: Mapping[str, Any]) -> str | None:
+    share = metrics.get("heldout_identical_share")
+    if stop.identical_share is None or share is None or share < stop.identical_share:
+        return None
+    return (
+        f"{share:.1%} of the opponent's held-out answers are the human ones, "
+        f"stop.identical_share is {stop.identical_share:.1%}"
+    )
+
+
+def _gains_nothing(stop: StopConfig, decisions: list[Decision]) -> str | None:
+    if stop.min_gain is None or len(decisions) < stop.patience:
+        return None
+    gains = []
+    for decision in decisions:
+        if decision.value is None or decision.champion_value is None:
+            return None
+        gains.append(decision.value - decision.champion_value)
+    if max(gains) >= stop.min_gain:
+        return None
+    shown = ", ".join(f"{gain:+.4g}" for gain in gains)
+    return (
+        f"{decisions[-1].metric} gained less than stop.min_gain={stop.min_gain:g} in "
+        f"{len(gains)} iterations in a row ({shown})"
+    )
