@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 STORED_COLUMNS = (
     *TOKEN_COLUMNS,
     "win_probability",
+    "weight",
     "reference_chosen_logprob",
     "reference_rejected_logprob",
 )

@@ -110,12 +110,15 @@ TRAIN_METRICS = _schema(
     rejected_logratio=pa.float64(),
     chosen_logprob=pa.float64(),
     rejected_logprob=pa.float64(),
+    chosen_logprob_per_token=pa.float64(),
     grad_norm=pa.float64(),
     pairs=pa.int32(),
     tokens=pa.int64(),
 )
-"""One optimizer step of train: means over the global batch; `margin` is β times the difference of
-the two log-ratios, and `grad_norm` is taken before clipping."""
+"""One optimizer step of train: `loss` is the mean over the global batch by the pairs' weights, the
+metrics are plain means over its pairs; `margin` is β times the difference of the two log-ratios,
+and `grad_norm` is taken before clipping. `chosen_logprob_per_token` is the mean of each response's
+own mean."""
 
 SFT_METRICS = _schema(
     step=pa.int32(),
@@ -142,15 +145,26 @@ EXAMPLES = _schema(
     sampled_seed=pa.int64(),
     sampled_finish_reason=pa.string(),
     sampled_token_ids=_TOKENS,
+    sampled_logprob=pa.float64(),
     sampled_reward=(pa.float64(), "optional"),
     greedy=(pa.string(), "optional"),
     greedy_finish_reason=(pa.string(), "optional"),
     greedy_reward=(pa.float64(), "optional"),
     human_logprob=pa.float64(),
-    human_tokens=pa.int32(),
+    human_token_ids=_TOKENS,
+    opponent_human_logprob=(pa.float64(), "optional"),
     opponent_sample=(pa.string(), "optional"),
+    opponent_sample_token_ids=(_TOKENS, "optional"),
+    opponent_sample_finish_reason=(pa.string(), "optional"),
+    opponent_sample_reward=(pa.float64(), "optional"),
+    opponent_sample_logprob=(pa.float64(), "optional"),
+    player_opponent_sample_logprob=(pa.float64(), "optional"),
     human_margin=(pa.float64(), "optional"),
     opponent_margin=(pa.float64(), "optional"),
 )
 """One held-out prompt under the player. `human_margin` and `opponent_margin` are the implicit
-rewards β(log π_player − log π_opponent) of the human response and of the opponent's own sample."""
+rewards β(log π_player − log π_opponent) of the human response and of the opponent's own sample.
+A log-probability is that of a whole response: `sampled_logprob` the player's of its own sample, by
+its engine; the others by the trainer's forward: `human_logprob` and
+`player_opponent_sample_logprob` the player's, `opponent_human_logprob` and
+`opponent_sample_logprob` the opponent's."""

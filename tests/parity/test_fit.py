@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from stages.config import TrainConfig
-from stages.errors import DivergedError
+from stages.config import ScoreConfig, TrainConfig
+from stages.data.tokens import pair_tokens
+from stages.errors import DivergedError, InputError
 from stages.model import fit as fit_module
 from stages.model.fit import Step, fit
 from stages.model.group import open_group
@@ -17,6 +18,7 @@ from stages.model.load import load_model
 from stages.model.memory import apply_activation_checkpointing
 from stages.model.objectives import PairObjective
 from stages.model.pairs import PairForward
+from stages.model.scoring import score_pairs
 from stages.objective.losses import PairLossOptions
 from tests.scored_pairs import random_rows, scored_store
 
@@ -30,6 +32,7 @@ def train(
     mode: Any = "shared",
     scale: float = 1.0,
     checkpoints: Any = None,
+    rows: list[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> tuple[list[Step], dict[str, torch.Tensor]]:
     """Train on random pairs; return the steps and the weights after them."""
@@ -37,7 +40,8 @@ def train(
     config = TrainConfig.model_validate({**defaults, **settings})
     forward = PairForward(load_model(model_dir), mode, pad_token_id=2)
     apply_activation_checkpointing(forward.model, config.activation_checkpointing)
-    store = scored_store(random_rows(NUM_PAIRS), forward, tmp_path, config.precision, scale)
+    rows = random_rows(NUM_PAIRS) if rows is None else rows
+    store = scored_store(rows, forward, tmp_path, config.precision, scale)
     options = PairLossOptions(config.loss, config.beta, 0.0, False, False, config.nll_weight)
     objective = PairObjective(store, forward, config, options, config.control)
     steps: list[Step] = []
@@ -180,3 +184,60 @@ def test_checkpoints_come_by_the_clock_too(
     train(tiny_model_dir, tmp_path, epochs=3, checkpoints=keeper, checkpoint={"every_steps": 2,
           "every_minutes": None})  # fmt: skip
     assert taken[-1] == 2, "none after the last step, whose weights become the artifact"
+
+
+WEIGHTED = [
+    {},
+    {"nll_weight": 0.5, "attention": "padded", "micro_batch_size": 2},
+    {"loss": "ipo", "token_budget": 40},
+    {"control": True, "token_budget": 40},
+]
+
+
+@pytest.mark.parametrize("settings", WEIGHTED, ids=["sigmoid", "nll", "ipo", "control"])
+def test_a_pair_of_weight_2_is_that_pair_twice_and_one_of_weight_0_is_absent(
+    tiny_model_dir: Path, tmp_path: Path, settings: Any
+) -> None:
+    settings = {"epochs": 5, "warmup_steps": 0, **settings}
+    mode = settings.pop("attention", "shared")
+    first, second, third, *others = random_rows(NUM_PAIRS)
+    twice = {**first, "prompt_id": "f" * 32}
+    repeated = [first, twice, second, *others]
+    weighted = [{**first, "weight": 2.0}, second, {**third, "weight": 0.0}, *others]
+    halved = [{**row, "weight": row["weight"] / 2} for row in weighted]
+    plain, by_weight, by_half = (
+        train(tiny_model_dir, tmp_path, mode, rows=rows, batch_size=len(rows), **settings)
+        for rows in (repeated, weighted, halved)
+    )
+    for a, b, c in zip(plain[0], by_weight[0], by_half[0], strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert b.loss == c.loss, "only the proportions of weights matter"
+    for name, weight in plain[1].items():
+        torch.testing.assert_close(weight, by_weight[1][name], rtol=1e-4, atol=1e-5)
+    unweighted = train(tiny_model_dir, tmp_path, mode, batch_size=NUM_PAIRS, **settings)
+    assert unweighted[0][-1].loss != pytest.approx(plain[0][-1].loss, rel=1e-4)
+
+
+def test_weights_leave_the_metrics_plain_means(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = random_rows(NUM_PAIRS)
+    weighted = [{**row, "weight": 0.1 + i % 3} for i, row in enumerate(rows)]
+    plain, _ = train(tiny_model_dir, tmp_path, rows=rows)
+    other, _ = train(tiny_model_dir, tmp_path, rows=weighted)
+    assert plain[0].metrics == other[0].metrics
+    assert other[0].loss == pytest.approx(LN_2, abs=1e-6), "ln 2 whatever the weights"
+    forward = PairForward(load_model(tiny_model_dir), "single", pad_token_id=2)
+    scores = score_pairs(forward, [pair_tokens(row) for row in rows], ScoreConfig(precision="fp32"))
+    a_token = [
+        chosen / len(row["chosen_token_ids"]) for (chosen, _), row in zip(scores, rows, strict=True)
+    ]
+    assert plain[0].metrics["chosen_logprob_per_token"] == pytest.approx(sum(a_token) / len(rows))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_weights_that_mean_nothing_are_refused(
+    tiny_model_dir: Path, tmp_path: Path, weight: float
+) -> None:
+    rows = [{**row, "weight": weight} for row in random_rows(NUM_PAIRS)]
+    with pytest.raises(InputError, match="they must be 0 or more, and not all 0: run pair and sc"):
+        train(tiny_model_dir, tmp_path, rows=rows)
