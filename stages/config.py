@@ -384,7 +384,7 @@ class ReplayConfig(_Section):
     iterations: int = Field(0, ge=0)
     """How many iterations back pairs are taken from; 0 trains on the iteration's own alone."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each earlier iteration's pairs that is kept, drawn by seed."""
+    """Chance of each earlier pair to be kept, drawn by seed."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight in the loss of a pair from one iteration back; from n back it is weight**n."""
 
@@ -404,21 +404,23 @@ class PairConfig(_Section):
     """At most so many pairs a prompt, which is also how many are rejected by one chosen response;
     None: all of them in human_vs_self, one where rewards rank."""
     tie_policy: Literal["drop", "first"] = "drop"
-    """Equal rewards on both sides: drop the pair, or let the first sample win."""
+    """Equal ranked rewards on both sides: drop the pair, or let the first sample win."""
     min_margin: NonNegative | None = None
-    """Drop pairs whose rewards differ by less than this."""
+    """Drop pairs whose ranked rewards differ by less than this."""
     max_margin: Positive | None = None
-    """Drop pairs whose rewards differ by more than this."""
+    """Drop pairs whose ranked rewards differ by more than this."""
     min_chosen_reward: float | None = None
-    """Drop pairs whose chosen sample has a reward below this."""
+    """Drop pairs whose chosen sample has a reward below this, before any length penalty."""
     max_rejected_reward: float | None = None
-    """Drop pairs whose rejected sample has a reward above this."""
+    """Drop pairs whose rejected sample has a reward above this, before any length penalty."""
     length_penalty: NonNegative = 0.0
-    """Taken off a sample's reward for each of its tokens, before anything is ranked."""
+    """Taken off a sample's reward for each of its tokens to give the ranked reward: what is
+    ranked, and what ties, margins and win probabilities are made of. The columns chosen_reward
+    and rejected_reward keep the reward as it was."""
     win_probability: Literal["none", "one", "bradley_terry", "win_rate"] = "none"
     """What the sppo loss is told of how surely chosen beats rejected: nothing; 1 (a human
-    response); the logistic function of the reward difference; or (1 + difference) / 2 where
-    rewards are win rates in 0..1, such as a judge's."""
+    response); the logistic function of the ranked rewards' difference; or (1 + difference) / 2,
+    at most 1, where rewards are win rates in 0..1, such as a judge's."""
     drop_cut_off: bool = True
     """Drop pairs with a response that was cut off at max_new_tokens."""
     max_length: Count = 2048
@@ -435,6 +437,40 @@ class PairConfig(_Section):
     def needs_rewards(self) -> bool:
         """Whether samples are ranked by rewards."""
         return self.policy != "human_vs_self"
+
+    @property
+    def chooses_human(self) -> bool:
+        """Whether the human response is the chosen one; it has no reward."""
+        return self.policy in ("human_vs_self", "human_vs_worst")
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> "PairConfig":
+        without = ["min_margin", "max_margin", "min_chosen_reward", "tie_policy"]
+        if not self.needs_rewards:
+            without += ["max_rejected_reward", "length_penalty"]
+        for name in without if self.chooses_human else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"pair.{name} asks for rewards that pair.policy={self.policy} does not have; "
+                    "leave it out, or take a policy that ranks samples"
+                )
+        if self.chooses_human and self.win_probability not in ("none", "one"):
+            raise ValueError(
+                f"pair.win_probability={self.win_probability} is made of two rewards, and a human "
+                "response has none; set it to one, or take a policy that ranks samples"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> "PairConfig":
+        for low, high in (
+            ("min_margin", "max_margin"),
+            ("min_response_tokens", "max_response_tokens"),
+        ):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"pair.{low}={least} is above pair.{high}={most}; swap them")
+        return self
 
 
 class ReferenceConfig(_Section):
