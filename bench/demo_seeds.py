@@ -1,9 +1,10 @@
-"""The demo at several seeds: does sampled held-out accuracy rise to 0.90 each time?
+"""A demo at several seeds: does sampled held-out accuracy rise to 0.90 each time?
 
     python bench/demo_seeds.py --seeds 5 --json bench/results/demo_seeds.json
+    python bench/demo_seeds.py --recipe demo-ranked --json bench/results/demo_ranked_seeds.json
 
-Runs `spin run demo` (and with --control its control arm) once a seed, reads `spin status --json`,
-prints a table and writes the figures.
+Runs `spin run RECIPE` (and with --control its control arm) once a seed, reads
+`spin status --json`, prints a table and writes the figures.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from _report import commit, hardware, write
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="demo")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--control", action="store_true", help="the control arm as well")
@@ -33,16 +35,22 @@ def main() -> None:
         for control in ([False, True] if arguments.control else [False])
     ]
     show(rows)
-    report = {"hardware": hardware(), "commit": commit(), "overrides": overrides, "runs": rows}
+    report = {
+        "recipe": arguments.recipe,
+        "hardware": hardware(),
+        "commit": commit(),
+        "overrides": overrides,
+        "runs": rows,
+    }
     write(report, arguments.json)
 
 
 def play(
     seed: int, control: bool, arguments: argparse.Namespace, overrides: list[str]
 ) -> dict[str, Any]:
-    """Run the demo once and return its curve."""
-    run = arguments.runs / f"{seed}"
-    command = [sys.executable, "-m", "spin_cli", "run", "demo", "--run", str(run)]
+    """Run the recipe once and return its curve."""
+    run = arguments.runs / arguments.recipe / f"{seed}"
+    command = [sys.executable, "-m", "spin_cli", "run", arguments.recipe, "--run", str(run)]
     command += ["--iterations", str(arguments.iterations), "--quiet"]
     command += (["--control"] if control else []) + [f"seed={seed}", *overrides]
     started = time.monotonic()
