@@ -4,10 +4,13 @@ Fields marked `identity=False` name a place or change speed, not the result: the
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,6 +46,53 @@ def _read_template(value: Any) -> Any:
             f"the template file cannot be read ({reason}); name one that exists, by its path or as "
             "recipe://FILE.jinja beside the recipe"
         ) from None
+
+
+def _template_identity(template: str | None) -> dict[str, Any]:
+    """Return what stands for a template in keys: its hash, where it is a text of its own."""
+    if template is None or template == "plain":
+        return {}
+    text = template.encode("utf-8", "surrogatepass")
+    return {"template": hashlib.sha256(text).hexdigest()}
+
+
+JUDGE_FIELDS = ("prompt", "answer_a", "answer_b", "human")
+"""What may stand in braces in the template of a judge."""
+
+
+def _read_judge_template(value: Any) -> Any:
+    """Read a judge's template from its file, and check that it shows both answers."""
+    if isinstance(value, str) and value.endswith(".txt"):
+        try:
+            value = Path(value).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "no UTF-8"
+            raise ValueError(
+                f"the template file cannot be read ({reason}); name one that exists, by its path "
+                "or as recipe://FILE.txt beside the recipe"
+            ) from None
+    if isinstance(value, str):
+        missing = [f"{{{name}}}" for name in JUDGE_FIELDS[:3] if f"{{{name}}}" not in value]
+        if missing:
+            raise ValueError(f"the template lacks {', '.join(missing)}; add it")
+    return value
+
+
+def _check_pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"no regular expression of Python's: {error}") from None
+    return value
+
+
+def _check_url(value: str | None) -> str | None:
+    parts = urlsplit(value) if value is not None else None
+    if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError("give an http:// or https:// address, such as http://localhost:8000/v1")
+    if parts is not None and "@" in parts.netloc:
+        raise ValueError("a URL is written into the run; put the key where api_key_env points")
+    return value
 
 
 ModuleNames = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_refuse_no_names)]
@@ -93,11 +143,7 @@ class ChatConfig(_Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the result; of a template, its hash."""
-        values = super().identity()
-        if self.template is not None and self.template != "plain":
-            text = self.template.encode("utf-8", "surrogatepass")
-            values["template"] = hashlib.sha256(text).hexdigest()
-        return values
+        return super().identity() | _template_identity(self.template)
 
 
 class WordSumsConfig(_Section):
@@ -342,8 +388,9 @@ class PoolConfig(_Section):
 
     size: int = Field(0, ge=0)
     """How many of the opponents before this one there are in the pool, the newest of them."""
-    share: Share = 0.2
-    """Share of the prompts that the pool answers, divided evenly among its models."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the drawn prompts that the pool answers, divided evenly among its models, by hash of
+    seed, iteration and prompt."""
 
 
 class GenerateConfig(SamplingConfig):
@@ -352,12 +399,13 @@ class GenerateConfig(SamplingConfig):
     num_samples: Count = 1
     """Samples a prompt."""
     max_prompts: Count | None = None
-    """Answer only this many prompts; None answers all."""
+    """Answer only this many prompts an iteration; None answers all."""
     prompt_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Answer this share of the prompts; it and `max_prompts` exclude each other."""
+    """Answer this share of the prompts, at least one; it and `max_prompts` exclude each other."""
     draw: Literal["independent", "slices"] = "independent"
     """Which prompts those are. `independent`: drawn anew each iteration; `slices`: iterations take
-    slices of one shuffled order in turn, so that no prompt comes again before all have come."""
+    slices of one shuffled order in turn, so that no prompt comes again before all have come; the
+    number must then be the same in all iterations."""
     pool: PoolConfig = PoolConfig()
     """Older opponents that answer a share of the prompts."""
     shard_rows: Count | None = _place(None)
@@ -371,11 +419,157 @@ class GenerateConfig(SamplingConfig):
     parity: ParityConfig = _place(ParityConfig())
     """The check of the engine against the trainer's model."""
 
+    @property
+    def draws_all(self) -> bool:
+        """Whether every iteration answers all prompts."""
+        return self.max_prompts is None and self.prompt_share is None
+
+
+class MathRewardConfig(_Section):
+    r"""1 where the answer in the last `\boxed{}` has the value of the human one, else 0."""
+
+    human: Literal["boxed", "whole"] = "boxed"
+    r"""Where the human answer stands: in its last `\boxed{}`, or it is the whole response."""
+    limit_s: Positive = 2.0
+    """Seconds of processor time that one comparison may take."""
+
+
+class ExactRewardConfig(_Section):
+    """1 where the response is the human response, else 0."""
+
+    strip: bool = True
+    """Overlook white space around the text."""
+    collapse_whitespace: bool = False
+    """Take any white space within the text for one space."""
+    ignore_case: bool = False
+
+
+class RegexRewardConfig(_Section):
+    """1 where a regular expression is found, or finds what it finds in the human response."""
+
+    pattern: Annotated[str, AfterValidator(_check_pattern)] = ""
+    """In Python's syntax; flags stand in it, such as `(?is)`."""
+    compare: Literal["found", "human"] = "found"
+    """`found`: 1 where the pattern is found. `human`: 1 where its last match in the response has
+    the text that its last match in the human response has: of the first group, or of the whole
+    match where there are no groups."""
+    limit_s: Positive = 1.0
+    """Seconds of processor time that one response may take."""
+
+
+class PythonRewardConfig(_Section):
+    """A function in a file of yours; see docs/rewards.md."""
+
+    file: str | None = _place(None)
+    """The file; `recipe://x.py` is x.py beside the recipe. Its SHA-256 enters keys."""
+    function: str = "reward"
+    """Its name; called with a prompt's messages, a response and the human response."""
+    timeout_s: Positive = 5.0
+    """Seconds that one call may take."""
+
+
+class ModelRewardConfig(_Section):
+    """A reward model: a sequence classifier with one label, whose logit is the reward."""
+
+    path: str | None = _place(None)
+    """A folder or a hub id; `recipe://x` is x beside the recipe. Its hashes enter keys."""
+    revision: str | None = _place(None)
+    """The commit of a hub model."""
+    template: Annotated[str | None, BeforeValidator(_read_template)] = None
+    """A Jinja chat template, a file of one, or `plain`; None takes that of the model's own
+    tokenizer."""
+    engine: EngineConfig = EngineConfig()
+    """transformers, or vLLM, in a process of its own; `max_model_len` is the longest conversation
+    in tokens, None: as long as the model can take."""
+    token_budget: Count = _place(16384)
+    """Tokens of one forward pass of transformers, padding included; engine.batch_size bounds its
+    rows."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the result; of a template, its hash."""
+        return super().identity() | _template_identity(self.template)
+
+
+class JudgeRewardConfig(_Section):
+    """A language model that compares two answers, behind an OpenAI-compatible URL."""
+
+    url: Annotated[str | None, AfterValidator(_check_url)] = _place(None)
+    """Where the server is, such as http://localhost:8000/v1; `/chat/completions` is added."""
+    model: str | None = None
+    """The model's name on the server."""
+    api_key_env: str | None = _place(None)
+    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+    against: Literal["samples", "human"] = "samples"
+    """`samples`: a reward is the share of wins against the other samples of the prompt, or against
+    the human response where a prompt has one sample; `human`: against the human response."""
+    max_comparisons: Count | None = None
+    """Pairs of samples compared for a prompt, each in both orders; drawn so that all samples have
+    nearly equally many. None compares all."""
+    template: Annotated[str | None, BeforeValidator(_read_judge_template)] = None
+    """What is asked, or a `.txt` file of it, with {prompt}, {answer_a}, {answer_b} and, if
+    wanted, {human}; None takes ours. The last [[A]], [[B]] or [[tie]] of the reply is the
+    verdict."""
+    temperature: NonNegative = 0.0
+    max_tokens: Count = 1024
+    """Tokens of a reply."""
+    seed: int = 0
+    timeout_s: Positive = _place(120.0)
+    """Seconds that one reply may take."""
+    retries: int = Field(5, ge=0, json_schema_extra={"identity": False})
+    """How often a comparison is asked again: where the server is busy or fails, and, with another
+    seed, where the reply holds no verdict."""
+    concurrency: Count = _place(8)
+    """Comparisons that are asked at a time."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the result; of a template, its hash."""
+        return super().identity() | _template_identity(self.template)
+
+
+RewardName = Literal["none", "gsm8k", "math", "exact", "regex", "python", "model", "judge"]
+
 
 class RewardConfig(_Section):
-    """What scores a response."""
+    """What scores a response; see docs/rewards.md."""
 
-    name: Literal["none", "gsm8k"] = "none"
+    name: RewardName = "none"
+    r"""`gsm8k`: the number after `####`; `math`: the value in `\boxed{}`; the others as their
+    sections say."""
+    on_error: Literal["quarantine", "stop"] = _place("quarantine")
+    """A response that cannot be scored is left out and counted, with its reason; or it stops the
+    stage. It is never given a score."""
+    processes: Count = _place(1)
+    """Processes that score rows side by side, for math, regex and python."""
+    shard_prompts: Count | None = _place(None)
+    """Prompts whose scores are committed together, which is what a kill can cost at most. None:
+    16 for a judge, 256 for a model, else 2,048."""
+    math: MathRewardConfig = MathRewardConfig()
+    exact: ExactRewardConfig = ExactRewardConfig()
+    regex: RegexRewardConfig = RegexRewardConfig()
+    python: PythonRewardConfig = PythonRewardConfig()
+    model: ModelRewardConfig = ModelRewardConfig()
+    judge: JudgeRewardConfig = JudgeRewardConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name, and what decides the result of the section of that name."""
+        section = getattr(self, self.name, None)
+        values: dict[str, Any] = {"name": self.name}
+        return values | ({self.name: section.identity()} if isinstance(section, _Section) else {})
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> "RewardConfig":
+        needed: dict[str, dict[str, str | None]] = {
+            "regex": {"pattern": self.regex.pattern},
+            "python": {"file": self.python.file},
+            "model": {"path": self.model.path},
+            "judge": {"url": self.judge.url, "model": self.judge.model},
+        }
+        for key, value in needed.get(self.name, {}).items():
+            if not value:
+                raise ValueError(f"reward.name={self.name} needs reward.{self.name}.{key}; set it")
+        if self.name == "model" and self.model.engine.name == "ray":
+            raise ValueError("reward.model.engine.name=ray: choose transformers or vllm")
+        return self
 
 
 class ReplayConfig(_Section):
@@ -522,8 +716,9 @@ class TrainConfig(OptimConfig):
     nll_weight: NonNegative = 0.0
     """Weight of the chosen response's mean negative log-likelihood a token (RPO)."""
     carry_optimizer: bool = False
-    """Go on with the optimizer's state and step count of the player before, instead of anew; the
-    schedule then runs over all iterations, so it must be constant (with its warm-up)."""
+    """Go on with the optimizer's state and step count of the player before, instead of anew, and
+    keep them for the next. The schedule then runs over all iterations, so it must be constant,
+    and its warm-up a number of steps."""
     control: bool = False
     """Train the control arm instead: supervised steps on the chosen responses, same number."""
     lora: LoraConfig | None = None
@@ -637,10 +832,24 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _sppo_is_told_probabilities(self) -> "RunConfig":
+        if self.train.loss == "sppo" and self.pair.win_probability == "none":
+            raise ValueError(
+                "train.loss=sppo needs to know how surely chosen beats rejected; set "
+                "pair.win_probability (one for human responses; see docs/pairing.md)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _drawn_one_way(self) -> "RunConfig":
         if self.generate.max_prompts is not None and self.generate.prompt_share is not None:
             raise ValueError(
                 "generate.max_prompts and generate.prompt_share exclude each other; set one"
+            )
+        if self.generate.draw == "slices" and self.generate.draws_all:
+            raise ValueError(
+                "generate.draw=slices takes a part of the prompts each iteration; set how many by "
+                "generate.max_prompts or generate.prompt_share, or leave draw out"
             )
         return self
 
@@ -650,5 +859,10 @@ class RunConfig(_Section):
             raise ValueError(
                 "train.carry_optimizer runs one schedule over all iterations, whose number is "
                 "open; set train.schedule=constant (with train.warmup_steps=N)"
+            )
+        if self.train.carry_optimizer and self.train.warmup_steps is None:
+            raise ValueError(
+                "train.carry_optimizer counts steps over all iterations, whose number is open, so "
+                "that warmup_ratio is a share of nothing; set train.warmup_steps=N (0 for none)"
             )
         return self

@@ -25,7 +25,7 @@ from stages.artifacts.tables import Row
 from stages.config import EvaluateConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.draw import smallest_by_hash
-from stages.data.rows import EXAMPLES, PROMPTS
+from stages.data.rows import DROPPED, EXAMPLES, JUDGEMENTS, PROMPTS
 from stages.data.tokens import PairTokens
 from stages.engines import OpenEngine
 from stages.engines.base import Completion, Request, Sampling
@@ -33,7 +33,7 @@ from stages.engines.prompts import askable_batch, model_room, model_vocab_size
 from stages.errors import InputError
 from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
-from stages.rewards import Reward, open_reward
+from stages.rewards import Question, RewardSource, Unscored, find_reward, open_reward
 
 FORMAT_VERSION = 1
 HELDOUT_ITERATION = -1
@@ -59,6 +59,7 @@ class Example:
     """One held-out prompt, rendered."""
 
     prompt_id: str
+    messages: list[dict[str, str]]
     human: str
     prompt_token_ids: list[int]
     human_token_ids: list[int]
@@ -91,6 +92,8 @@ def run(
         refs["opponent"] = source.ref
         samples = _open_opponent_evaluation(inputs, source.ref, refs, root, config.verify)
         opponent = _Opponent(source, samples)
+    reward = find_reward(config.reward, root, config.verify, heldout=True)
+    refs |= reward.inputs if reward else {}
     plan = Plan(
         stage="evaluate",
         format_version=FORMAT_VERSION,
@@ -98,7 +101,7 @@ def run(
             "seed": config.seed,
             "evaluate": config.evaluate.identity(),
             "engine": _engine(config).identity(),
-            "reward": config.reward.identity(),
+            "reward": reward.identity if reward else config.reward.identity(),
             "beta": config.train.beta if opponent else None,
             "chat": config.chat.identity(),
         },
@@ -108,7 +111,7 @@ def run(
 
     def fill(space: Workspace) -> Outcome:
         renderer = make_renderer(model.verified(), config.chat)
-        work = _Work(config, data, model, renderer, open_engine, space.path)
+        work = _Work(config, data, model, renderer, reward, open_engine, space.path)
         return _fill(space, work, opponent)
 
     return produce(out, plan, fill)
@@ -126,6 +129,7 @@ class _Work:
     data: Artifact
     model: ModelSource
     renderer: Renderer
+    reward: RewardSource | None
     open_engine: OpenEngine
     scratch: Path
     """A folder for what is gone when the stage is done."""
@@ -134,11 +138,9 @@ class _Work:
 def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     config = work.config.evaluate
     examples, refused = _render(work)
-    reward = None if work.config.reward.name == "none" else open_reward(work.config.reward.name)
-    sampled, greedy = _answer(work, work.model, examples, with_greedy=reward is not None)
+    sampled, greedy = _answer(work, work.model, examples, with_greedy=work.reward is not None)
     rows = [_row(e, sampled[e.prompt_id], greedy.get(e.prompt_id), work) for e in examples]
-    if reward is not None:
-        _add_rewards(rows, reward)
+    unscored = _add_rewards(space, rows, examples, work.reward) if work.reward else {}
 
     theirs = _opponent_samples(work, opponent, examples) if opponent else {}
     pairs = [
@@ -163,7 +165,7 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     metrics = summarize(rows)
     space.file("metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     return Outcome(
-        counts={"prompts": len(rows), "dropped_refused": refused},
+        counts={"prompts": len(rows), "dropped_refused": refused, **unscored},
         metrics=metrics,
         tokens=sum(len(row["sampled_token_ids"]) for row in rows),
     )
@@ -218,7 +220,7 @@ def _render(work: _Work) -> tuple[list[Example], int]:
         if len(prompt) + len(human) > room:
             refused += 1
             continue
-        examples.append(Example(row["prompt_id"], row["response"], prompt, human))
+        examples.append(Example(row["prompt_id"], row["messages"], row["response"], prompt, human))
     if not examples:
         raise InputError(
             f"{work.data.path} has no held-out prompt to evaluate on; set prepare.heldout_size "
@@ -294,22 +296,54 @@ def _row(example: Example, sampled: Completion, greedy: Completion | None, work:
     }
 
 
-def _add_rewards(rows: Sequence[Row], reward: Reward) -> None:
-    """Score both answers in place.
+def _add_rewards(
+    space: Workspace, rows: Sequence[Row], examples: Sequence[Example], source: RewardSource
+) -> dict[str, int]:
+    """Score the answers in place; count those without a score, told in unscored.parquet.
+
+    What a judge said goes to judgements.parquet, its `a` being 0 for the sampled answer and 1 for
+    the greedy one.
 
     Raises:
-        InputError: a human response cannot be compared with.
+        InputError: an answer has no score and `reward.on_error` is to stop, or none has one.
     """
-    for row in rows:
-        try:
-            row["sampled_reward"] = reward(row["sampled"], row["human"])
-            if row["greedy"] is not None:
-                row["greedy_reward"] = reward(row["greedy"], row["human"])
-        except ValueError as error:
-            raise InputError(
-                f"held-out prompt {row['prompt_id']} cannot be scored: {error}; "
-                "is reward.name right for this data?"
-            ) from error
+    names = [[n for n in ("sampled", "greedy") if row[n] is not None] for row in rows]
+    questions = (
+        Question(e.prompt_id, e.messages, e.human, tuple([row[n] for n in answers]))
+        for e, row, answers in zip(examples, rows, names, strict=True)
+    )
+    without: list[Row] = []
+    judgements: list[Row] = []
+    with open_reward(source) as reward:
+        for row, answers, scored in zip(rows, names, reward.score(questions), strict=True):
+            for name, score in zip(answers, scored.scores, strict=True):
+                if isinstance(score, Unscored):
+                    detail = f"{name}: {score.detail}"
+                    without.append(
+                        {"prompt_id": row["prompt_id"], "reason": score.reason, "detail": detail}
+                    )
+                else:
+                    row[f"{name}_reward"] = score
+            judgements += [{"prompt_id": row["prompt_id"], **said} for said in scored.judgements]
+    _refuse_unscored(without, sum(map(len, names)), source)
+    for name, schema, found in (
+        ("unscored.parquet", DROPPED, without),
+        ("judgements.parquet", JUDGEMENTS, judgements),
+    ):
+        if found:
+            with TableWriter(space.file(name), schema) as table:
+                table.extend(found)
+    return {"unscored": len(without)} if without else {}
+
+
+def _refuse_unscored(without: Sequence[Row], total: int, source: RewardSource) -> None:
+    if without and (len(without) == total or source.config.on_error == "stop"):
+        first = without[0]
+        raise InputError(
+            f"evaluate: {len(without)} of {total} held-out answers cannot be scored, such as to "
+            f"prompt {first['prompt_id']} ({first['reason']}): {first['detail']}; is reward.name="
+            f"{source.config.name} right for this data? reward.on_error=quarantine leaves some out"
+        )
 
 
 def _opponent_samples(

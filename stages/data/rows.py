@@ -57,6 +57,28 @@ REWARDS = _schema(
 )
 """The score of one sample."""
 
+SCORES = _schema(
+    prompt_id=pa.string(),
+    sample_index=pa.int32(),
+    reward=(pa.float64(), "optional"),
+    reason=(pa.string(), "optional"),
+    detail=(pa.string(), "optional"),
+)
+"""The score of one sample, or why there is none; only ever in scratch files."""
+
+JUDGEMENTS = _schema(
+    prompt_id=pa.string(),
+    a=pa.int32(),
+    b=pa.int32(),
+    order=pa.string(),
+    verdict=(pa.string(), "optional"),
+    text=(pa.string(), "optional"),
+)
+"""What a judge said of two answers to a prompt, `a` and `b`: indexes into the answers that were
+scored together, or -1 for the human response. `order` is `ab` or `ba`, as they were shown, and
+`verdict` is `a`, `b` or `tie` whichever way; null where the reply, `text`, holds none. Equal
+answers are a tie that nobody was asked about: `text` is null."""
+
 DROPPED = _schema(
     prompt_id=pa.string(),
     reason=pa.string(),

@@ -1,22 +1,117 @@
 """Rewards: a response becomes a score. An error is an error, never a default score."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from stages.errors import ConfigError
+from stages.artifacts import InputRef
+from stages.artifacts.keys import sha256_bytes
+from stages.config import RewardConfig
+from stages.errors import ConfigError, InputError
+from stages.model.source import ModelSource, resolve_model
+from stages.rewards.base import (
+    REASONS,
+    Question,
+    Reward,
+    RuleReward,
+    Score,
+    Scored,
+    Unscored,
+)
+from stages.rewards.exact import exact_reward
 from stages.rewards.gsm8k import gsm8k_reward
 
-Reward = Callable[[str, str], float]
-"""(response, human response) → score; raises ValueError where there is none."""
+__all__ = [
+    "REASONS",
+    "Question",
+    "Reward",
+    "RewardSource",
+    "Score",
+    "Scored",
+    "Unscored",
+    "find_reward",
+    "open_reward",
+]
 
-_RULES: dict[str, Reward] = {"gsm8k": gsm8k_reward}
+
+@dataclass(frozen=True)
+class RewardSource:
+    """A reward that was found: what it is made of, and its identity for keys."""
+
+    config: RewardConfig
+    identity: Mapping[str, Any]
+    """What decides its scores: the settings, and hashes of the files that they name."""
+    inputs: Mapping[str, InputRef] = field(default_factory=dict)
+    """What it reads beside settings: the reward model."""
+    program: bytes = b""
+    """The file of a `python` reward, as it was hashed."""
+    model: ModelSource | None = None
 
 
-def open_reward(name: str) -> Reward:
-    """Return the reward that a recipe names.
+def find_reward(
+    config: RewardConfig, root: Path | None, verify: bool = True, *, heldout: bool = False
+) -> RewardSource | None:
+    """Return the reward that a recipe names, or None for `none`; the files it names are hashed.
+
+    Args:
+        root: the run directory that recorded paths are relative to.
+        verify: check the SHA-256 of a model artifact's files before they are loaded.
+        heldout: each answer is to be scored for itself: a judge compares with the human response.
 
     Raises:
-        ConfigError: there is none of that name.
+        InputError: a file or model that it names does not exist or is refused.
+        CorruptError: the model is an artifact that was damaged.
     """
-    if name not in _RULES:
-        raise ConfigError(f"reward.name={name!r} scores nothing; choose {', '.join(_RULES)}")
-    return _RULES[name]
+    if config.name == "none":
+        return None
+    if heldout and config.name == "judge":
+        judge = config.judge.model_copy(update={"against": "human"})
+        config = config.model_copy(update={"judge": judge})
+    identity = config.identity()
+    if config.name == "python":
+        program = _read_program(config.python.file)
+        identity["python"] |= {"sha256": sha256_bytes(program)}
+        return RewardSource(config, identity, program=program)
+    if config.name == "model":
+        assert config.model.path is not None, "checked with the recipe"
+        model = resolve_model(config.model.path, config.model.revision, root, verify)
+        return RewardSource(config, identity, {"reward_model": model.ref}, model=model)
+    return RewardSource(config, identity)
+
+
+@contextmanager
+def open_reward(source: RewardSource) -> Iterator[Reward]:
+    """Lend a reward, and end its processes when the block ends.
+
+    Raises:
+        ConfigError: it cannot be opened as the recipe says.
+        InputError: its model, or a library that it needs, cannot be loaded.
+    """
+    reward = _make(source)
+    try:
+        yield reward
+    finally:
+        reward.close()
+
+
+def _make(source: RewardSource) -> Reward:
+    config = source.config
+    match config.name:
+        case "gsm8k":
+            return RuleReward(gsm8k_reward)
+        case "exact":
+            return RuleReward(functools.partial(exact_reward, config.exact))
+    raise ConfigError(f"reward.name={config.name} scores nothing; choose another")
+
+
+def _read_program(file: str | None) -> bytes:
+    assert file is not None, "checked with the recipe"
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"reward.python.file={file} cannot be read ({error.strerror}); correct the path"
+        ) from None
