@@ -74,10 +74,10 @@ class Asked:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Tokens of the longest prompt; 0 where there is none."""
         column = RENDERED.get_field_index("num_tokens")
         groups = (self._metadata.row_group(k) for k in range(self.num_shards))
-        return max(int(group.column(column).statistics.max) for group in groups)
+        return max((int(group.column(column).statistics.max) for group in groups), default=0)
 
     def name(self, number: int) -> str:
         """Return the name of a shard's file."""

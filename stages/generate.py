@@ -1,13 +1,15 @@
 """generate: the opponent answers every prompt; one row a sample, in shards that survive a kill."""
 
 import gc
+import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,14 +33,14 @@ from stages.artifacts import (
 from stages.artifacts.keys import sha256_text
 from stages.artifacts.shards import ASIDE
 from stages.config import GenerateConfig, RunConfig
+from stages.data import draw
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.columns import conversations, list_column
-from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
 from stages.engines import OpenEngine
 from stages.engines.base import Engine, Sampling
 from stages.engines.prompts import askable_batch, model_room, model_vocab_size
-from stages.errors import CorruptError, InputError
+from stages.errors import ConfigError, CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ LEAST_SHARD_ROWS = 128
 WANTED_SHARDS = 32
 """Enough for many workers to share; the number of workers itself must not decide the shards."""
 
+log = logging.getLogger("spin")
+
 
 @dataclass(frozen=True)
 class GenerateInputs:
@@ -62,7 +66,10 @@ class GenerateInputs:
     data: Path
     revision: str | None = None
     iteration: int = 0
-    """Enters the seeds, so that every iteration samples anew."""
+    """Enters the seeds, so that every iteration samples anew, and the draw of prompts."""
+    part: tuple[int, int] | None = None
+    """Of the drawn prompts those of pool member k, as (k, M): k from 1 to M. (0, M) are those that
+    the newest opponent keeps when M members share `generate.pool.share`; None: all."""
 
 
 def run(
@@ -81,11 +88,14 @@ def run(
 
     Returns:
         Its manifest; `counts` has prompts (those asked), rows, empty, finish_stop, finish_length,
-        and dropped_REASON for every reason.
+        dropped_REASON for every reason, train_prompts (those in the data), drawn (of them, in this
+        iteration) and, with a part, in_part (of those drawn). A part may be empty: it has no rows.
 
     Raises:
+        ConfigError: the part is none of the pool's.
         InputError: inputs are missing, or no prompt can be asked.
     """
+    _check_part(inputs.part, config.generate.pool.size)
     data = open_artifact(inputs.data, stages=("prepare",), verify=config.verify)
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
@@ -95,13 +105,14 @@ def run(
         config={
             "seed": config.seed,
             "iteration": inputs.iteration,
-            "generate": config.generate.identity(),
+            "generate": _what_decides(config.generate),
             "chat": config.chat.identity(),
+            **_part_fields(inputs.part, config.generate.pool.share),
         },
         inputs={"data": data.input_ref(root), "model": model.ref},
         fingerprints=chat_fingerprints(model.path, config.chat),
     )
-    work = _Work(config, inputs.iteration, data, model, open_engine)
+    work = _Work(config, inputs.iteration, inputs.part, data, model, open_engine)
     with _rare_collections():
         return produce(
             out,
@@ -110,6 +121,42 @@ def run(
             resumable=True,
             assist=_Assistant(work).assist if config.generate.join else None,
         )
+
+
+def _check_part(part: tuple[int, int] | None, pool_size: int) -> None:
+    if part is None:
+        return
+    member, members = part
+    if members < 1 or not 0 <= member <= members:
+        raise ConfigError(
+            f"generate: there is no part {member}/{members}; K/M is 0/M for the newest opponent, "
+            "or one of 1/M to M/M for a member of the pool"
+        )
+    if members > pool_size:
+        raise ConfigError(
+            f"generate: part {member}/{members} is of a pool of {members}, and "
+            f"generate.pool.size={pool_size}; set it to {members} at least, or ask for no part"
+        )
+
+
+def _what_decides(config: GenerateConfig) -> dict[str, Any]:
+    """Return the settings that decide the rows; those that decide nothing as they stand are out.
+
+    Thus what was made before there was a pool or a draw in slices has the key that it had.
+    """
+    settings = config.identity()
+    del settings["pool"]  # it decides by the part alone
+    if config.prompt_share is None:
+        del settings["prompt_share"]
+    if config.draw == "independent":
+        del settings["draw"]
+    return settings
+
+
+def _part_fields(part: tuple[int, int] | None, share: float) -> dict[str, Any]:
+    if part is None:
+        return {}
+    return {"part": {"member": part[0], "members": part[1], "share": share}}
 
 
 @contextmanager
@@ -132,6 +179,7 @@ class _Work:
 
     config: RunConfig
     iteration: int
+    part: tuple[int, int] | None
     data: Artifact
     model: ModelSource
     open_engine: OpenEngine
@@ -145,10 +193,28 @@ class _Work:
         return make_renderer(self.model.verified(), self.config.chat)
 
     @cached_property
+    def num_prompts(self) -> int:
+        """Number of training prompts in the data."""
+        return count_rows(self.data.files("train-"))
+
+    @property
+    def num_drawn(self) -> int:
+        """Number of them that this iteration draws."""
+        return draw.wanted(self.num_prompts, self.generate.max_prompts, self.generate.prompt_share)
+
+    @property
+    def part_share(self) -> float:
+        """Share of the drawn prompts that are of our part; about, since hashes divide them."""
+        if self.part is None:
+            return 1.0
+        member, members = self.part
+        share = self.generate.pool.share
+        return share / members if member else 1 - share
+
+    @cached_property
     def prompts_per_shard(self) -> int:
         """Number of prompts a shard; what whoever renders them decides, holds for the attempt."""
-        planned = count_rows(self.data.files("train-"))
-        planned = min(planned, self.generate.max_prompts or planned)
+        planned = math.ceil(self.num_drawn * self.part_share)
         rows = -(-planned * self.generate.num_samples // WANTED_SHARDS)
         rows = min(max(rows, LEAST_SHARD_ROWS), MOST_SHARD_ROWS)
         return max(1, (self.generate.shard_rows or rows) // self.generate.num_samples)
@@ -160,13 +226,21 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
     asked = _asked(space, work)
     _answer(space, asked, work)
     dropped = _dropped(space.path / DROPPED_NAME)
-    parts = [asked.name(number) for number in range(asked.num_shards)]
-    shards = [space.path / name for name in parts]
+    shards = [space.path / asked.name(number) for number in range(asked.num_shards)]
+    if not shards:
+        shards = [_write_empty(space.path / asked.name(0))]
     counts, metrics, info, tokens = _summary(shards)
     assert counts["rows"] == asked.num_rows, f"{counts['rows']} of {asked.num_rows} rows"
     parity = _check_parity(shards, work)
     return Outcome(
-        counts={"prompts": asked.num_prompts, **counts, **dropped},
+        counts={
+            "prompts": asked.num_prompts,
+            **counts,
+            **dropped,
+            "train_prompts": work.num_prompts,
+            "drawn": work.num_drawn,
+            **({"in_part": asked.num_prompts + sum(dropped.values())} if work.part else {}),
+        },
         metrics={**metrics, **(parity.metrics() if parity else {})},
         info={
             **info,
@@ -177,6 +251,12 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
         },
         tokens=tokens,
     )
+
+
+def _write_empty(path: Path) -> Path:
+    """Write the one file of a part without prompts, so that its columns are known all the same."""
+    with TableWriter(path, GENERATIONS):
+        return path
 
 
 @dataclass
@@ -212,7 +292,7 @@ def _render(space: Workspace, work: _Work) -> None:
     """Write the tokens of every prompt that can be asked, and the others with their reasons.
 
     Raises:
-        InputError: none can be asked.
+        InputError: none can be asked. With a part this is only warned of: the part may be tiny.
     """
 
     def write_both(rendered: Path) -> None:
@@ -251,11 +331,20 @@ def _render_all(work: _Work, table: TableWriter, left_out: TableWriter) -> None:
         ]
         table.append_batch(pa.record_batch(columns, schema=RENDERED))
     if not table.num_rows:
-        told = ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items()))
+        _say_none(work, ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items())))
+
+
+def _say_none(work: _Work, reasons: str) -> None:
+    if work.part is None or not work.num_prompts:
         raise InputError(
             f"{work.data.path}: none of its training prompts can be asked "
-            f"({told or 'it has none'}); mend the data or the chat and length settings"
+            f"({reasons or 'it has none'}); mend the data or the chat and length settings"
         )
+    member, members = work.part
+    log.warning(
+        "generate: part %d/%d of the %d prompts drawn has none that can be asked (%s); it has no "
+        "rows", member, members, work.num_drawn, reasons or "none fell to it",
+    )  # fmt: skip
 
 
 def _train_prompts(work: _Work) -> Iterator[tuple[list[str], list[list[dict[str, str]]]]]:
@@ -264,7 +353,7 @@ def _train_prompts(work: _Work) -> Iterator[tuple[list[str], list[list[dict[str,
     Raises:
         CorruptError: their ids do not rise, so that rows could not be joined by id later.
     """
-    drawn, last = _drawn(work), ""
+    drawn, last, start = _drawn(work), "", 0
     for batch in read_batches(
         work.data.files("train-"), PROMPTS, columns=["prompt_id", "messages"]
     ):
@@ -276,22 +365,37 @@ def _train_prompts(work: _Work) -> Iterator[tuple[list[str], list[list[dict[str,
                     f"delete {work.data.path} and run prepare again"
                 )
             last = name
-        messages = conversations(batch["messages"])
         if drawn is not None:
-            kept = [i for i, name in enumerate(ids) if name in drawn]
-            ids, messages = [ids[i] for i in kept], [messages[i] for i in kept]
-        yield ids, messages
+            chosen = batch.filter(pa.array(drawn[start : start + len(ids)]))
+            start += len(ids)
+        else:
+            chosen = batch
+        yield chosen["prompt_id"].to_pylist(), conversations(chosen["messages"])
 
 
-def _drawn(work: _Work) -> set[str] | None:
-    """Return the prompt ids that are asked in this iteration, or None for all."""
-    max_prompts = work.generate.max_prompts
-    if max_prompts is None:
-        return None
-    salt = f"generate/{work.config.seed}/{work.iteration}"
-    batches = read_batches(work.data.files("train-"), PROMPTS, columns=["prompt_id"])
-    ids = (name for batch in batches for name in batch["prompt_id"].to_pylist())
-    return smallest_by_hash(ids, max_prompts, salt)
+def _drawn(work: _Work) -> np.ndarray | None:
+    """Return the mask of the prompts that are asked, in the order of the data; None for all."""
+    config, seed, iteration = work.generate, work.config.seed, work.iteration
+    mask = None
+    if config.draw == "slices":
+        hashes = draw.salted_hashes(_train_ids(work), f"generate/slices/{seed}")
+        mask = draw.circular_slice(hashes, work.num_drawn, iteration)
+    elif not config.draws_all:
+        hashes = draw.salted_hashes(_train_ids(work), f"generate/{seed}/{iteration}")
+        mask = draw.smallest(hashes, work.num_drawn)
+    if mask is not None:
+        log.info("generate: %d of %d prompts are drawn", work.num_drawn, work.num_prompts)
+    if work.part is not None:
+        member, members = work.part
+        hashes = draw.salted_hashes(_train_ids(work), f"pool/{seed}/{iteration}")
+        ours = draw.parts(hashes, config.pool.share, members) == member
+        mask = ours if mask is None else mask & ours
+    return mask
+
+
+def _train_ids(work: _Work) -> Iterator[str]:
+    for batch in read_batches(work.data.files("train-"), PROMPTS, columns=["prompt_id"]):
+        yield from batch["prompt_id"].to_pylist()
 
 
 def _max_model_len(asked: Asked, work: _Work) -> int:
@@ -325,7 +429,7 @@ def _answer(space: Workspace, asked: Asked, work: _Work) -> None:
 def _check_parity(shards: Sequence[Path], work: _Work) -> "ParityReport | None":
     """Compute some of the answers' log-probabilities again; see `check_parity`."""
     config = work.generate.parity
-    if not config.rows:
+    if not config.rows or not count_rows(shards):
         return None
     from stages.model.parity import check_parity, draw_rows  # torch, which vLLM needs not here
 
@@ -363,8 +467,10 @@ def _dropped(path: Path) -> dict[str, int]:
 
 def _summary(
     shards: Sequence[Path],
-) -> tuple[dict[str, int], dict[str, float], dict[str, object], int]:
+) -> tuple[dict[str, int], dict[str, float | None], dict[str, object], int]:
     """Return counts, metrics, info and tokens, read off the shards in order.
+
+    A mean of no rows is None.
 
     Not added up as answers come: sums would differ in their last bits after a resume.
     """
@@ -378,7 +484,8 @@ def _summary(
     for batch in read_batches(shards, GENERATIONS, columns=columns):
         rows += batch.num_rows
         prompt_tokens += len(batch["prompt_token_ids"].flatten())
-        empty += pc.sum(pc.equal(pc.utf8_trim_whitespace(batch["response"]), "")).as_py()
+        blank = pc.equal(pc.utf8_trim_whitespace(batch["response"]), "")
+        empty += pc.sum(blank, min_count=0).as_py()
         for part in batch["finish_reason"].value_counts():
             finish[part["values"].as_py()] += part["counts"].as_py()
         logprob += batch["token_logprobs"].flatten().to_numpy().sum(dtype=np.float64)
@@ -388,9 +495,9 @@ def _summary(
     return (
         {"rows": rows, "empty": empty, **{f"finish_{why}": n for why, n in finish.items()}},
         {
-            "mean_response_tokens": response_tokens / rows,
-            "cut_off_share": finish["length"] / rows,
-            "mean_token_logprob": float(logprob) / response_tokens,
+            "mean_response_tokens": response_tokens / rows if rows else None,
+            "cut_off_share": finish["length"] / rows if rows else None,
+            "mean_token_logprob": float(logprob) / response_tokens if rows else None,
         },
         {"response_tokens_quantiles": _quantiles(lengths)},
         prompt_tokens + response_tokens,
@@ -408,7 +515,9 @@ def _quantiles(lengths: np.ndarray) -> dict[str, int]:
     """Return lengths at or below which lie so many percent of the rows.
 
     Args:
-        lengths: number of rows of each length.
+        lengths: number of rows of each length; none has no quantiles.
     """
+    if not lengths.any():
+        return {}
     share = lengths.cumsum() / lengths.sum()
     return {str(p): int(np.searchsorted(share, p / 100)) for p in (0, 10, 50, 90, 99, 100)}

@@ -65,8 +65,9 @@ def run(
     settings: RunConfig | None = None,
     engine: FakeEngine | None = None,
     iteration: int = 0,
+    part: tuple[int, int] | None = None,
 ) -> Manifest:
-    inputs = GenerateInputs(model=str(model), data=data, iteration=iteration)
+    inputs = GenerateInputs(model=str(model), data=data, iteration=iteration, part=part)
     engine = engine or FakeEngine()
     return generate.run(settings or config(), inputs, out, open_engine=engine.open)
 
@@ -130,7 +131,7 @@ def test_counts_and_metrics_are_those_of_the_rows(tiny_model_dir: Path, tmp_path
     assert 0 < empty < 50
     assert manifest.counts == {
         "prompts": 50, "rows": 50, "empty": empty, "finish_stop": 50 - cut_off,
-        "finish_length": cut_off,
+        "finish_length": cut_off, "train_prompts": 50, "drawn": 50,
     }  # fmt: skip
     assert manifest.metrics["mean_response_tokens"] == sum(lengths) / 50
     assert manifest.metrics["cut_off_share"] == cut_off / 50
@@ -253,6 +254,135 @@ def test_a_draw_depends_on_seed_and_iteration_alone(tiny_model_dir: Path, tmp_pa
     assert first != drawn("b", iteration=1)
     assert first != drawn("c", seed=4)
     assert len(drawn("all", count=100)) == 60
+
+
+def ids_of(out: Path) -> list[str]:
+    return [r["prompt_id"] for r in rows_of(out)]
+
+
+def test_slices_take_every_prompt_once_an_epoch(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", questions(30))
+
+    def slices(name: str, iterations: int, seed: int = 3, **share: Any) -> list[list[str]]:
+        settings = config(seed, draw="slices", **share)
+        outs = [tmp_path / f"{name}{t}" for t in range(iterations)]
+        for t, out in enumerate(outs):
+            made = run(tiny_model_dir, data, out, settings, iteration=t)
+            assert (made.counts["drawn"], made.counts["train_prompts"]) == (12, 30)
+        return [ids_of(out) for out in outs]
+
+    by_number = slices("n", 3, max_prompts=12)
+    assert [len(taken) for taken in by_number] == [12, 12, 12]
+    assert len({*by_number[0], *by_number[1]}) == 24
+    assert len({*by_number[0], *by_number[1], *by_number[2]}) == 30
+    assert slices("share", 3, prompt_share=0.4) == by_number
+    assert slices("seed", 1, seed=4, max_prompts=12) != by_number[:1]
+
+
+def test_a_share_draws_what_its_number_draws(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", questions(30))
+    run(tiny_model_dir, data, tmp_path / "share", config(prompt_share=0.25), iteration=2)
+    run(tiny_model_dir, data, tmp_path / "number", config(max_prompts=8), iteration=2)
+    assert ids_of(tmp_path / "share") == ids_of(tmp_path / "number")
+    assert (
+        run(tiny_model_dir, data, tmp_path / "one", config(prompt_share=1e-4)).counts["rows"] == 1
+    )
+
+
+def test_parts_of_a_pool_cover_the_drawn_prompts_once(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", [*questions(60), ""])
+    settings = config(max_prompts=50, pool={"size": 2, "share": 0.5})
+    whole = run(tiny_model_dir, data, tmp_path / "whole", settings, iteration=4)
+    parts = {
+        k: run(tiny_model_dir, data, tmp_path / f"{k}", settings, iteration=4, part=(k, 2))
+        for k in range(3)
+    }
+    rows = [row for k in parts for row in rows_of(tmp_path / f"{k}")]
+    assert sorted(rows, key=lambda row: str(row["prompt_id"])) == rows_of(tmp_path / "whole")
+    assert all(made.counts["rows"] > 3 for made in parts.values())
+    assert {made.counts["drawn"] for made in parts.values()} == {50}
+    assert sum(made.counts["in_part"] for made in parts.values()) == 50
+    assert "in_part" not in whole.counts
+    assert len({made.key for made in [whole, *parts.values()]}) == 4
+
+
+def test_a_part_without_prompts_is_an_artifact_without_rows(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_data(tmp_path / "data", questions(1))
+    settings = config(pool={"size": 1, "share": 0.5}, parity={"rows": 4})
+    engine = FakeEngine()
+    iteration = next(
+        t for t in range(9) if _part_of_only_prompt(tiny_model_dir, data, tmp_path, t) == 0
+    )
+    made = run(tiny_model_dir, data, tmp_path / "out", settings, engine, iteration, part=(1, 1))
+    assert (made.counts["prompts"], made.counts["rows"], made.counts["in_part"]) == (0, 0, 0)
+    assert made.metrics["mean_response_tokens"] is None
+    assert rows_of(tmp_path / "out") == []
+    assert not engine.answered
+    assert not engine.closed, "no engine was started"
+    assert "part 1/1 of the 1 prompts drawn has none that can be asked (none fell" in caplog.text
+    assert run(tiny_model_dir, data, tmp_path / "out", settings, engine, iteration, (1, 1)) == made
+
+
+def _part_of_only_prompt(model: Path, data: Path, place: Path, iteration: int) -> int:
+    """Which part of two the one prompt of the data is of."""
+    settings = config(pool={"size": 1, "share": 0.5})
+    out = place / f"newest{iteration}"
+    made = run(model, data, out, settings, iteration=iteration, part=(0, 1))
+    return 1 - made.counts["rows"]
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "message"),
+    [
+        ((1, 1), 0, r"part 1/1 is of a pool of 1, and generate.pool.size=0; set it to 1 at least"),
+        ((0, 3), 2, "part 0/3 is of a pool of 3, and generate.pool.size=2"),
+        ((3, 2), 2, "there is no part 3/2; K/M is 0/M for the newest opponent"),
+        ((-1, 2), 2, "there is no part -1/2"),
+        ((0, 0), 2, "there is no part 0/0"),
+    ],
+)
+def test_a_part_that_is_none_of_the_pool_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, part: tuple[int, int], size: int, message: str
+) -> None:
+    data = make_data(tmp_path / "data", questions(2))
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_model_dir, data, tmp_path / "out", config(pool={"size": size}), part=part)
+
+
+def test_settings_that_decide_nothing_leave_the_key(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", questions(8))
+    keys = [
+        run(tiny_model_dir, data, tmp_path / name, config(**settings), part=part).key
+        for name, settings, part in [
+            ("plain", {}, None),
+            ("pool", {"pool": {"size": 2, "share": 0.5}}, None),
+            ("part", {"pool": {"size": 2, "share": 0.5}}, (0, 2)),
+            ("larger", {"pool": {"size": 3, "share": 0.5}}, (0, 2)),
+            ("share", {"pool": {"size": 2, "share": 0.4}}, (0, 2)),
+        ]
+    ]
+    assert keys[0] == keys[1], "before there are older opponents a pool changes nothing"
+    assert keys[2] == keys[3], "nor does one that is larger than the opponents there are"
+    assert len(set(keys)) == 3
+    with pytest.raises(ConfigError, match=r"part: absent there, \{.* now"):
+        run(tiny_model_dir, data, tmp_path / "plain", config(pool={"size": 1}), part=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draw": "slices"}, "generate.draw=slices takes a part of the prompts each iteration"),
+        ({"max_prompts": 3, "prompt_share": 0.5}, "exclude each other; set one"),
+        ({"prompt_share": 0}, "greater than 0"),
+        ({"prompt_share": 1.5}, "less than or equal to 1"),
+        ({"pool": {"size": 1, "share": 1}}, "less than 1"),
+    ],
+)
+def test_draws_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
 
 
 def test_sharding_changes_no_row_and_no_key(tiny_model_dir: Path, tmp_path: Path) -> None:
