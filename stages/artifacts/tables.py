@@ -72,7 +72,9 @@ class TableWriter:
         if not num_rows:
             return
         table = pa.concat_tables(self._pending)
-        self._writer.write_table(table.slice(0, num_rows), row_group_size=self._group_rows)
+        # In one piece: where pages end would depend on how many rows came at a time.
+        whole = table.slice(0, num_rows).combine_chunks()
+        self._writer.write_table(whole, row_group_size=self._group_rows)
         self._pending = [table.slice(num_rows)] if num_rows < table.num_rows else []
         self._num_pending = table.num_rows - num_rows
 

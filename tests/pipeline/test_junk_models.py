@@ -125,7 +125,7 @@ def play(place: Path, junk: Junk, **pair_settings: Any) -> Played:
         {"generate": {"max_new_tokens": MOST_TOKENS}, "pair": pair_settings}
     )
     generated = generate.run(config, GenerateInputs(str(model), data), place / "generate")
-    inputs = PairInputs(data, place / "generate", str(model))
+    inputs = PairInputs(data, (place / "generate",), str(model))
     return Played(place, generated, pair.run(config, inputs, place / "pair"))
 
 

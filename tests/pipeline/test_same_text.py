@@ -34,7 +34,7 @@ def test_generate_and_pair_record_the_hashes_of_template_and_tokenizer(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     made = generated(tiny_model_dir, tmp_path)
-    inputs = PairInputs(tmp_path / "data", made, str(tiny_model_dir))
+    inputs = PairInputs(tmp_path / "data", (made,), str(tiny_model_dir))
     paired = pair.run(config(), inputs, tmp_path / "pair")
     expected = chat_fingerprints(tiny_model_dir, config().chat)
     assert expected.keys() == {"template", "tokenizer"}
@@ -43,7 +43,7 @@ def test_generate_and_pair_record_the_hashes_of_template_and_tokenizer(
 
 def test_another_template_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     made = generated(tiny_model_dir, tmp_path)
-    inputs = PairInputs(tmp_path / "data", made, str(tiny_model_dir))
+    inputs = PairInputs(tmp_path / "data", (made,), str(tiny_model_dir))
     with pytest.raises(InputError, match="with another chat template or settings than") as caught:
         pair.run(config(system="Be brief."), inputs, tmp_path / "pair")
     assert "tokenizer" not in str(caught.value)
@@ -56,7 +56,7 @@ def test_another_tokenizer_is_named(tiny_model_dir: Path, tmp_path: Path) -> Non
     other = shutil.copytree(tiny_model_dir, tmp_path / "other")
     eos = {"eos_token_id": [1, 2]}
     (other / "generation_config.json").write_text(json.dumps(eos))
-    inputs = PairInputs(tmp_path / "data", made, str(other))
+    inputs = PairInputs(tmp_path / "data", (made,), str(other))
     with pytest.raises(InputError, match="with another tokenizer or stop tokens than") as caught:
         pair.run(config(), inputs, tmp_path / "pair")
     assert "template" not in str(caught.value)
@@ -67,5 +67,5 @@ def test_the_models_own_template_given_by_the_recipe_is_the_same_text(
 ) -> None:
     made = generated(tiny_model_dir, tmp_path)
     own = str(tiny_model_dir / "chat_template.jinja")
-    inputs = PairInputs(tmp_path / "data", made, str(tiny_model_dir))
+    inputs = PairInputs(tmp_path / "data", (made,), str(tiny_model_dir))
     assert pair.run(config(template=own), inputs, tmp_path / "pair").counts["candidates"] == 8
