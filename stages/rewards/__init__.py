@@ -23,6 +23,7 @@ from stages.rewards.base import (
 )
 from stages.rewards.exact import exact_reward
 from stages.rewards.gsm8k import gsm8k_reward
+from stages.rewards.limited import open_math, open_python, open_regex
 
 __all__ = [
     "REASONS",
@@ -104,6 +105,12 @@ def _make(source: RewardSource) -> Reward:
             return RuleReward(gsm8k_reward)
         case "exact":
             return RuleReward(functools.partial(exact_reward, config.exact))
+        case "math":
+            return open_math(config)
+        case "regex":
+            return open_regex(config)
+        case "python":
+            return open_python(config, source.program)
     raise ConfigError(f"reward.name={config.name} scores nothing; choose another")
 
 

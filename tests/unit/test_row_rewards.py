@@ -1,0 +1,312 @@
+"""Rewards in limited processes: right on a table, and whole after texts and code that do harm."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.config import RewardConfig
+from stages.errors import ConfigError, EngineError, InputError
+from stages.rewards import Question, Score, Unscored, find_reward, open_reward
+from stages.rewards.row_child import last_boxed, same_value
+from stages.rewards.rows import Job, RowPool
+from tests.hostile import hostile_texts
+from tests.unit.test_rewards import score
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{18}.", "18"),
+        (r"\boxed{1} or \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{3} and \boxed{4", "3"),
+        (r"\boxed 5", None),
+        (r"\boxed{}", ""),
+        ("no box", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_what_the_last_closed_box_holds(text: str, answer: str | None) -> None:
+    assert last_boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("18", "18", True),
+        ("18.0", "18", True),
+        ("18.", "18", True),
+        ("1,000", "1000", True),
+        ("1,00", "100", False),
+        ("1/2", "0.5", True),
+        (r"\frac{2}{4}", "0.5", True),
+        (r"\dfrac12", r"\frac{1}{2}", True),
+        ("-3/4", r"-\frac{3}{4}", True),
+        ("1/0", "1", False),
+        ("7", "8", False),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        ("x+1", "1+x", True),
+        ("(x-1)(x+1)", "x^2-1", True),
+        ("x+1", "x-1", False),
+        (r"(1, 2)", "(1,2)", True),
+        (r"\{2, 1\}", r"\{1, 2\}", True),
+        ("(2,3]", "[2,3)", False),
+        (r"50\%", "0.5", True),
+        (r"\text{Evelyn}", "Evelyn", True),
+        (r"\text{Evelyn}", "Paris", False),
+        ("10^{2}", "100", True),
+        ("", "7", False),
+        ("3.14", r"\pi", False),
+        ("0" * 2000, "0", False),
+    ],
+)
+def test_answers_are_compared_by_value(answer: str, gold: str, same: bool) -> None:
+    assert same_value(answer, gold) is same
+
+
+def maths(text: str) -> str:
+    return rf"so \boxed{{{text}}}"
+
+
+def test_math_scores_what_is_boxed() -> None:
+    rows = [
+        (maths(r"\frac{1}{2}"), maths("0.5")),
+        (maths("3"), maths("4")),
+        ("I do not know", maths("4")),
+        (maths("4"), "four"),
+    ]
+    assert score(RewardConfig(name="math"), *rows) == [
+        1.0, 0.0, 0.0, Unscored("no_score", r"the human response has no \boxed{}"),
+    ]  # fmt: skip
+    whole = RewardConfig(name="math", math={"human": "whole"})
+    assert score(whole, (maths("4"), "4"), (maths("4"), " ")) == [
+        1.0, Unscored("no_score", "it is empty"),
+    ]  # fmt: skip
+
+
+def test_math_survives_what_computes_for_ever_and_goes_on() -> None:
+    towers = [r"9^{9^{9^{9}}}", r"10^{10^{8}}", r"\binom{10^9}{5 \cdot 10^8}", "(" * 200 + "1"]
+    config = RewardConfig(name="math", math={"limit_s": 0.5}, processes=2)
+    rows = [(maths(text), maths("7")) for text in ["7", *towers, "7.0"]]
+    first, *costly, last = score(config, *rows)
+    assert first == last == 1.0
+    for found in costly:
+        assert found == 0.0 or (isinstance(found, Unscored) and found.reason == "too_costly")
+    assert isinstance(costly[0], Unscored)
+
+
+def test_no_hostile_text_breaks_math_or_regex() -> None:
+    texts = hostile_texts(200, seed=5, huge=5_000)
+    rows = [(maths(text), maths("12")) for text in texts] + [(text, maths(text)) for text in texts]
+    for config in (
+        RewardConfig(name="math"),
+        RewardConfig(name="regex", regex={"pattern": r"\d+", "compare": "human"}),
+    ):
+        found = score(config, *rows)
+        assert len(found) == len(rows)
+        assert all(isinstance(s, Unscored) or s in (0.0, 1.0) for s in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "response", "human", "reward"),
+    [
+        ({"pattern": r"(?i)yes"}, "Oh YES", "", 1.0),
+        ({"pattern": r"^yes$"}, "yes no", "", 0.0),
+        ({"pattern": r"Answer: (\w+)", "compare": "human"}, "Answer: B", "Answer: B", 1.0),
+        ({"pattern": r"Answer: (\w+)", "compare": "human"}, "Answer: A", "Answer: B", 0.0),
+        ({"pattern": r"Answer: (\w+)", "compare": "human"},
+         "Answer: A. No: Answer: B", "Answer: B", 1.0),
+        ({"pattern": r"\d+", "compare": "human"}, "1 then 22", "it is 22", 1.0),
+        ({"pattern": r"\d+", "compare": "human"}, "none", "it is 22", 0.0),
+        ({"pattern": r"\d+", "compare": "human"}, "22", "none",
+         Unscored("no_score", "the pattern is not found in the human response")),
+        ({"pattern": r"(a)|b", "compare": "human"}, "b", "a", 0.0),
+    ],
+)  # fmt: skip
+def test_a_regular_expression_is_found_or_finds_the_same(
+    settings: dict[str, Any], response: str, human: str, reward: Score
+) -> None:
+    assert score(RewardConfig(name="regex", regex=settings), (response, human)) == [reward]
+
+
+def test_a_regular_expression_that_backtracks_for_ever_costs_one_row() -> None:
+    config = RewardConfig(name="regex", regex={"pattern": r"(a+)+$", "limit_s": 0.2})
+    rows = [("aaa", ""), ("a" * 60 + "b", ""), ("aa", "")]
+    assert score(config, *rows) == [
+        1.0, Unscored("too_costly", "it takes more than 0.2 s"), 1.0,
+    ]  # fmt: skip
+
+
+def test_a_pattern_that_is_none_is_refused_with_the_recipe() -> None:
+    with pytest.raises(ValueError, match="no regular expression of Python's: unterminated"):
+        RewardConfig(name="regex", regex={"pattern": "[a"})
+
+
+def python(folder: Path, body: str, **settings: Any) -> RewardConfig:
+    """A recipe whose reward is this body of a function."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    file = folder / "my_reward.py"
+    file.write_text(f"def reward(prompt, response, human):\n{lines}")
+    given = {"timeout_s": 20, **settings}
+    return RewardConfig(name="python", python={"file": str(file), **given})
+
+
+def test_a_function_sees_prompt_response_and_human_response(tmp_path: Path) -> None:
+    body = "return len(prompt[-1]['content']) + 10 * len(response) + 100 * len(human)"
+    source = find_reward(python(tmp_path, body), None)
+    assert source is not None
+    asked = Question("0", [{"role": "user", "content": "abc"}], "12345", ("", "xy", "\ud800"))
+    with open_reward(source) as reward:
+        [scored] = reward.score([asked])
+    assert scored.scores == (503.0, 523.0, 513.0)
+
+
+CRASH = "import ctypes; ctypes.string_at(0)"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "why"),
+    [
+        ("raise ValueError('no\\nidea')", "failed", r"^ValueError: no idea \(line 3\)$"),
+        ("return 1 / 0", "failed", r"^ZeroDivisionError: division by zero \(line 3\)$"),
+        ("return float('nan')", "failed", "it returned nan; return a finite number"),
+        ("return float('-inf')", "failed", "it returned -inf; return a finite number"),
+        ("return None", "failed", "it returned NoneType; return a finite number"),
+        ("return '1'", "failed", "it returned str; return a finite number"),
+        ("raise SystemExit(0)", "failed", "^SystemExit"),
+        ("raise MemoryError", "too_costly", "too much memory"),
+        ("raise Sly", "failed", "^Sly"),
+        ("print('oh'); import os; os._exit(3)", "failed", "with status 3; its last words: oh"),
+        (CRASH, "failed", 'ended with SIGSEGV; .*/my_reward.py", line 3 in reward'),
+    ],
+)
+def test_a_function_that_fails_gives_no_score_and_the_next_row_is_scored(
+    tmp_path: Path, body: str, reason: str, why: str
+) -> None:
+    body = f"if response == 'bad':\n    {body}\nreturn 1"
+    config = python(tmp_path, body)
+    file = Path(config.python.file or "")
+    sly = "class Sly(Exception):\n    def __str__(self):\n        raise Sly\n"
+    file.write_text(f"{file.read_text()}\n{sly}")
+    first, found, last = score(config, ("good", ""), ("bad", ""), ("good", ""))
+    assert (first, last) == (1.0, 1.0)
+    assert isinstance(found, Unscored)
+    assert found.reason == reason
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(found.detail)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import time; time.sleep(60)",
+        "while True: pass",
+        "3 ** 10 ** 9",  # one call of C, which no signal handler interrupts
+        "import time\n    while True:\n        try: time.sleep(60)\n        except: pass",
+        "import signal, time; signal.pthread_sigmask(0, range(1, 64)); time.sleep(60)",
+    ],
+    ids=["sleeps", "loops", "computes", "swallows", "masks"],
+)
+def test_a_function_that_never_ends_costs_its_time_limit(tmp_path: Path, body: str) -> None:
+    body = f"if response == 'bad':\n    {body}\nreturn 1"
+    config = python(tmp_path, body, timeout_s=0.3)
+    began = time.monotonic()
+    found = score(config, ("good", ""), ("bad", ""), ("good", ""))
+    assert found == [1.0, Unscored("too_costly", "it takes more than 0.3 s"), 1.0]
+    assert time.monotonic() - began < 20
+
+
+def test_what_a_function_prints_stays_out_of_our_output(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = "import os, sys\nprint('x' * 100_000)\nos.system('echo child')\nreturn True"
+    assert score(python(tmp_path, body), ("a", ""), ("b", "")) == [1.0, 1.0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_several_processes_keep_the_order(tmp_path: Path) -> None:
+    body = "import time\ntime.sleep(int(response) % 7 / 1000)\nreturn int(response)"
+    config = python(tmp_path, body).model_copy(update={"processes": 3})
+    rows = [(str(n), "") for n in range(200)]
+    assert score(config, *rows) == [float(n) for n in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("def reward(:", r"SyntaxError"),
+        ("import no_such_library", r"No module named 'no_such_library' \(line 1\)"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import os; os._exit(4)", "ended with status 4"),
+        ("other = 1", "it has no function 'reward'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_at_once(tmp_path: Path, text: str, why: str) -> None:
+    config = python(tmp_path, "return 1")
+    file = Path(config.python.file or "")
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"reward python: {file}: .*{why}.*; correct it"):
+        score(config, ("a", "b"))
+
+
+def test_a_function_that_ends_its_process_on_every_row_is_given_up(tmp_path: Path) -> None:
+    config = python(tmp_path, "import os; os._exit(3)")
+    with pytest.raises(EngineError, match="ended 20 times without a score in between"):
+        score(config, *[("a", "b")] * 30)
+
+
+def test_the_bytes_of_the_file_enter_the_key_and_its_place_does_not(tmp_path: Path) -> None:
+    config = python(tmp_path, "return 1")
+    first = find_reward(config, None)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    moved = find_reward(python(other, "return 1"), None)
+    changed = find_reward(python(tmp_path, "return 2"), None)
+    assert first is not None
+    assert moved is not None
+    assert changed is not None
+    assert first.identity == moved.identity != changed.identity
+    # What was hashed is what runs, whatever the file holds by then.
+    with open_reward(first) as reward:
+        [scored] = reward.score([Question("0", [], "", ("",))])
+    assert scored.scores == (1.0,)
+    with pytest.raises(InputError, match="cannot be read .No such file"):
+        find_reward(RewardConfig(name="python", python={"file": str(other / "none.py")}), None)
+
+
+def test_processes_end_with_the_block_and_with_us(tmp_path: Path) -> None:
+    pool = RowPool(Job("regex", {"pattern": "a", "compare": "found"}, 1.0), 2)
+    pids = pool.pids
+    assert list(pool.scores([["a", ""], ["b", ""]])) == [1.0, 0.0]
+    pool.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    script = (
+        "import os\nfrom stages.rewards.rows import Job, RowPool\n"
+        "job = Job('regex', {'pattern': 'a', 'compare': 'found'}, 1.0)\n"
+        "print(RowPool(job, 1).pids[0], flush=True)\nos.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{int(done.stdout)}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
+
+
+def test_limited_processes_do_not_see_our_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPIN_TEST_SECRET", "1")
+    assert "SPIN_TEST_SECRET" not in Job("math", {}, 1.0).environment()
+    assert "SPIN_TEST_SECRET" in Job("python", {}, 1.0, is_users_code=True).environment()
+    assert os.environ["SPIN_TEST_SECRET"] == "1"
