@@ -41,6 +41,8 @@ class Step:
     """None for what is outside of iterations: prepare, sft, and the start's evaluation."""
     options: Mapping[str, str] = field(default_factory=dict)
     """The inputs, by the names of the command's options."""
+    several: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Inputs of which there may be more than one, likewise."""
 
     def title(self) -> str:
         """Return what the step is called in messages."""
@@ -58,7 +60,8 @@ def command(step: Step, settings: Sequence[str]) -> str:
     words = ["spin", step.stage]
     if step.stage == "promote":
         words.append(str(step.out.parents[2]))
-    for name, value in step.options.items():
+    given = [*step.options.items(), *((n, v) for n, vs in step.several.items() for v in vs)]
+    for name, value in given:
         words += [f"--{name.replace('_', '-')}", value]
     if step.stage != "promote":
         words += ["--out", str(step.out)]
@@ -128,6 +131,7 @@ def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine |
                     revision=revision,
                     data=Path(options["data"]),
                     iteration=step.iteration or 0,
+                    part=_part(options.get("part")),
                 ),
                 out,
                 open_engine=open_engine or engines.open_engine,
@@ -138,7 +142,7 @@ def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine |
             return reward.run(
                 config,
                 reward.RewardInputs(
-                    data=Path(options["data"]), generations=Path(options["generations"])
+                    data=Path(options["data"]), generations=_paths(step, "generations")
                 ),
                 out,
             )
@@ -149,10 +153,12 @@ def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine |
                 config,
                 pair.PairInputs(
                     data=Path(options["data"]),
-                    generations=Path(options["generations"]),
+                    generations=_paths(step, "generations"),
                     rewards=_path(options.get("rewards")),
                     model=model,
                     revision=revision,
+                    iteration=step.iteration or 0,
+                    replay=_paths(step, "replay"),
                 ),
                 out,
             )
@@ -165,7 +171,8 @@ def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine |
             from stages import train
 
             pairs = Path(options["pairs"])
-            return train.run(config, train.TrainInputs(pairs, model, revision), out)
+            before = _path(options.get("optimizer_from"))
+            return train.run(config, train.TrainInputs(pairs, model, revision, before), out)
         case "evaluate":
             from stages import engines, evaluate
 
@@ -194,6 +201,23 @@ def _promote_inputs(step: Step) -> "PromoteInputs":
         evaluation=layout.stage(step.iteration, "evaluate"),
         champion_evaluation=champion_evaluation(layout, step.iteration),
     )
+
+
+def _paths(step: Step, name: str) -> tuple[Path, ...]:
+    return tuple(Path(text) for text in step.several.get(name, ()))
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """Return (K, M) of a text K/M; see `GenerateInputs.part`."""
+    if text is None:
+        return None
+    member, slash, members = text.partition("/")
+    if not (slash and member.isdecimal() and members.isdecimal()):
+        raise ConfigError(
+            f"--part {text} is not K/M, such as 0/2 (the newest opponent's part beside a pool of "
+            "2) or 1/2 (that of the pool's first member)"
+        )
+    return int(member), int(members)
 
 
 def _path(text: str | None) -> Path | None:

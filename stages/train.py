@@ -1,5 +1,6 @@
 """train: from the opponent's weights, the player learns to prefer the chosen responses."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,14 @@ from stages.errors import ConfigError, DivergedError, InputError
 from stages.journal import open_journal
 from stages.model.base import Base
 from stages.model.group import Group, Resources, led, open_group, resources, together
-from stages.model.source import ModelSource, resolve_model
+from stages.model.source import OPTIMIZER_FOLDER, ModelSource, resolve_model
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
+    from stages.model.carried import Carried
     from stages.model.fit import Step
     from stages.model.learner import Learner
+
+log = logging.getLogger("spin")
 
 FORMAT_VERSION = 1
 STORED_COLUMNS = (
@@ -53,6 +57,9 @@ class TrainInputs:
     model: str
     """The opponent, whose weights the player starts from."""
     revision: str | None = None
+    optimizer_from: Path | None = None
+    """The train artifact whose optimizer state and step count go on, with
+    `train.carry_optimizer`; None begins anew."""
 
 
 def run(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
@@ -60,8 +67,10 @@ def run(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
 
     Raises:
         ConfigError: the opponent's own adapter is to be trained on, and it has none or another;
-            or train.lora is set and peft is not installed.
-        InputError: inputs are missing, of another kind, or hold no pair.
+            train.lora is set and peft is not installed; or optimizer state is given that a recipe
+            does not carry, or that as many processes cannot read.
+        InputError: inputs are missing, of another kind, or hold no pair; or the optimizer state is
+            that of another optimizer, or over other parameters.
         DivergedError: the first loss is not ln 2 though the reference is the opponent, or a loss
             or gradient is not finite.
     """
@@ -78,6 +87,9 @@ def _lead(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
     if lora is not None and lora.start == "adapter":
         changed = _base_of_own_adapter(model, inputs.model)
         refs["base"] = changed.ref
+    before = _optimizer_source(inputs.optimizer_from, config)
+    if before is not None:
+        refs["optimizer_from"] = before.input_ref(root)
     base = changed.as_base(out) if lora is not None and lora.output == "adapter" else None
     plan = Plan(
         stage="train",
@@ -86,9 +98,8 @@ def _lead(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
         inputs=refs,
         fingerprints=chat_fingerprints(model.path, config.chat),
     )
-    return produce(
-        out, plan, lambda space: _fill(space, config, pairs, model, base), resumable=True
-    )
+    found = _Found(pairs, model, base, before)
+    return produce(out, plan, lambda space: _fill(space, config, found, plan), resumable=True)
 
 
 def _base_of_own_adapter(model: ModelSource, name: str) -> ModelSource:
@@ -101,6 +112,42 @@ def _base_of_own_adapter(model: ModelSource, name: str) -> ModelSource:
     return model.base
 
 
+def _optimizer_source(path: Path | None, config: RunConfig) -> Artifact | None:
+    """Open the train artifact whose optimizer state goes on, if one is given."""
+    if path is None:
+        return None
+    lora = config.train.lora
+    if not config.train.carry_optimizer:
+        raise ConfigError(
+            f"--optimizer-from {path} is given, but train.carry_optimizer is false; set it, or "
+            "leave the option out"
+        )
+    if lora is not None and lora.start == "merged":
+        raise ConfigError(
+            "train.carry_optimizer cannot go on with train.lora.start=merged: a fresh adapter has "
+            "new parameters, which no optimizer state is of; set train.lora.start=adapter after "
+            "iteration 0, or carry_optimizer=false"
+        )
+    artifact = open_artifact(path, stages=("train",), verify=config.verify)
+    if not any(f.path.startswith(OPTIMIZER_FOLDER) for f in artifact.manifest.files):
+        raise InputError(
+            f"{path} kept no optimizer state, since it was trained without train.carry_optimizer; "
+            "train it again with it, or leave --optimizer-from out to begin anew"
+        )
+    return artifact
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What rank 0 opened."""
+
+    pairs: Artifact
+    model: ModelSource
+    base: Base | None
+    before: Artifact | None
+    """Whose optimizer state goes on."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """What every rank is told."""
@@ -111,9 +158,13 @@ class _Job:
     config: TrainConfig
     seed: int
     chat: ChatConfig
+    reference: str
+    """What it is called in the manifest."""
     reference_is_opponent: bool
     base: Base | None
     """What the adapter is recorded to change, where it is written alone; None: a whole model."""
+    optimizer_dir: Path | None
+    """The optimizer state to go on with; None: anew."""
 
 
 @dataclass(frozen=True)
@@ -121,24 +172,19 @@ class _Report:
     """What rank 0 tells of its work."""
 
     steps: int
+    steps_before: int
     metrics: dict[str, float]
     attention: str
     num_trained: int
     used: Resources
 
 
-def _fill(
-    space: Workspace,
-    config: RunConfig,
-    pairs: Artifact,
-    source: ModelSource,
-    base: Base | None,
-) -> Outcome:
+def _fill(space: Workspace, config: RunConfig, found: _Found, plan: Plan) -> Outcome:
     if config.train.lora is not None:
         from stages.model.adapters import require_peft
 
         require_peft()
-    scratch = space.path / "rows.scratch"
+    pairs, scratch = found.pairs, space.path / "rows.scratch"
     store, too_long = build_store(
         pairs.files("part-"),
         SCORED_PAIRS,
@@ -152,16 +198,18 @@ def _fill(
             f"{config.train.max_length}); if all were identical, the opponent already answers as "
             "the data does"
         )
-    same_model = pairs.manifest.inputs["model"].key == source.ref.key
+    reference = pairs.manifest.inputs["model"]
     job = _Job(
         space,
         scratch,
-        source.verified(),
+        found.model.verified(),
         config.train,
         config.seed,
         config.chat,
-        same_model,
-        base,
+        reference.path,
+        reference.key == found.model.ref.key,
+        found.base,
+        _verified_state(found),
     )
     report = together(_work, job, config.train)
     scratch.unlink()
@@ -170,7 +218,10 @@ def _fill(
         metrics=report.metrics,
         info={
             "attention": report.attention,
-            "reference_is_opponent": same_model,
+            "reference": job.reference,
+            "reference_is_opponent": job.reference_is_opponent,
+            "optimizer": plan.inputs["optimizer_from"].path if found.before else "fresh",
+            "steps_before": report.steps_before,
             "trained_parameters": report.num_trained,
             **report.used.info(),
         },
@@ -180,20 +231,36 @@ def _fill(
     )
 
 
+def _verified_state(found: _Found) -> Path | None:
+    """Return the folder of the optimizer state to go on with, its hashes checked."""
+    if found.before is None:
+        return None
+    found.before.files(OPTIMIZER_FOLDER)
+    if found.before.manifest.key != found.model.ref.key:
+        log.warning(
+            "the optimizer state is that of %s, and the weights are those of %s: it was not made "
+            "on the way to them", found.before.path, found.model.ref.path,
+        )  # fmt: skip
+    return found.before.path / OPTIMIZER_FOLDER
+
+
 def _work(job: _Job) -> _Report:
     """Train as one rank; rank 0 also writes."""
+    from stages.model.carried import open_carried
     from stages.model.learner import open_player
 
     group = open_group(job.config)
     renderer = make_renderer(job.model_dir, job.chat)
     store = open_store(job.rows)
     player = open_player(job.model_dir, store, job.config, job.seed, renderer, group)
+    carried = open_carried(job.optimizer_dir) if job.optimizer_dir else None
     player.check_exact()
-    first_loss = _check_start(player, job.config, must_be_ln2=job.reference_is_opponent)
-    last = _train(job, group, player)
+    first_loss = _check_start(player, job, group)
+    last = _train(job, group, player, carried)
     player.save(job.space.path, renderer, job.model_dir, job.base)
     return _Report(
         player.total_steps,
+        carried.steps if carried else 0,
         {"first_loss": first_loss, **last},
         player.mode,
         player.num_trained,
@@ -201,18 +268,27 @@ def _work(job: _Job) -> _Report:
     )
 
 
-def _check_start(player: "Learner", config: TrainConfig, *, must_be_ln2: bool) -> float:
+def _check_start(player: "Learner", job: _Job, group: Group) -> float:
     """Return the sigmoid loss of the first batch before any update; it is ln 2.
 
     The player still is the opponent, so this one number checks template, masks, packing and
-    stored log-probabilities together.
+    stored log-probabilities together. Where the reference is another model nothing is known of
+    it, which is said once.
 
     Raises:
         DivergedError: it is not ln 2 within the tolerance of the precision.
     """
-    loss = player.sigmoid_loss(min(config.beta, STEP_0_BETA))
-    tolerance = STEP_0_TOLERANCE[config.precision]
-    if must_be_ln2 and not abs(loss - math.log(2)) <= tolerance:
+    beta, tolerance = min(job.config.beta, STEP_0_BETA), STEP_0_TOLERANCE[job.config.precision]
+    loss = player.sigmoid_loss(beta)
+    if not job.reference_is_opponent:
+        if group.rank == 0:
+            log.info(
+                "the reference (%s) is not the opponent, so the first loss need not be ln 2 = "
+                "0.6931 and checks no stored log-probability: it is %.4f at β=%g",
+                job.reference, loss, beta,
+            )  # fmt: skip
+        return loss
+    if not abs(loss - math.log(2)) <= tolerance:
         raise DivergedError(
             f"step 0: the loss is {loss:.6f}, not ln 2 = 0.693147 (tolerance {tolerance}), though "
             "the reference is the opponent: the stored log-probabilities are not this model's. "
@@ -221,13 +297,16 @@ def _check_start(player: "Learner", config: TrainConfig, *, must_be_ln2: bool) -
     return loss
 
 
-def _train(job: _Job, group: Group, player: "Learner") -> dict[str, float]:
+def _train(
+    job: _Job, group: Group, player: "Learner", carried: "Carried | None"
+) -> dict[str, float]:
     """Take all steps, rank 0 writing down each; return means over the last tenth."""
     folder, total = job.space.path, player.total_steps
+    keep_state = folder / OPTIMIZER_FOLDER if job.config.carry_optimizer else None
     with open_journal(
         group.rank, folder, "train", TRAIN_METRICS, total, _metrics_row, _remark
     ) as journal:
-        player.train(journal.add, job.space.shards)
+        player.train(journal.add, job.space.shards, carried, keep_state)
     return {
         "last_loss": journal.tail_mean(lambda step: step.loss),
         "last_accuracy": journal.tail_mean(lambda step: step.metrics["accuracy"]),

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.config import LoraConfig
 from stages.errors import ConfigError, InputError
 from stages.model.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Base
-from stages.model.checkpoints import rows_here
+from stages.model.state_files import rows_here
 
 _NAME = "default"
 """peft's name for the one adapter that a model has."""

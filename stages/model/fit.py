@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from stages.config import OptimConfig
 from stages.data.store import epoch_order
 from stages.errors import DivergedError
-from stages.model.checkpoints import Checkpoints, Trained
+from stages.model.carried import Carried
+from stages.model.checkpoints import Checkpoints
 from stages.model.group import Group
 from stages.model.optim import (
     count_steps,
@@ -37,6 +38,7 @@ from stages.model.optim import (
 )
 from stages.model.pairs import autocast, pinned, placed
 from stages.model.sharding import sharded_parameters, synchronise_gradients
+from stages.model.state_files import Trained
 
 log = logging.getLogger("spin")
 
@@ -104,7 +106,8 @@ def fit(
     group: Group,
     on_step: Callable[[Step], None],
     checkpoints: Checkpoints | None = None,
-) -> None:
+    carried: Carried | None = None,
+) -> Trained:
     """Train the model inside `forward` in place.
 
     Goes on from the newest of `checkpoints`, and writes some. SIGTERM or Ctrl-C ends it at the
@@ -112,14 +115,21 @@ def fit(
 
     Args:
         on_step: is told every step, also those of an earlier attempt, after its update.
+        carried: optimizer state to go on with; the learning rate, too, goes on after its steps.
+
+    Returns:
+        The weights with the optimizer, as they are after the last step.
 
     Raises:
+        InputError: `carried` is the state of another optimizer, or over other parameters.
+        ConfigError: optimizer state can only be read by as many processes as wrote it.
         DivergedError: a loss or gradient is NaN or infinite; the update was not made.
     """
     make_ready(forward)
-    loop = _Loop(forward, objective, config, seed, group, on_step, checkpoints)
+    loop = _Loop(forward, objective, config, seed, group, on_step, checkpoints, carried)
     loop.run()
     forward.eval()
+    return loop.trained
 
 
 def make_ready(forward: nn.Module) -> None:
@@ -153,14 +163,19 @@ class _Loop:
         group: Group,
         on_step: Callable[[Step], None],
         checkpoints: Checkpoints | None,
+        carried: Carried | None,
     ) -> None:
         self.forward, self.objective, self.config = forward, objective, config
         self.seed, self.group = seed, group
-        self.on_step, self.checkpoints = on_step, checkpoints
+        self.on_step, self.checkpoints, self.carried = on_step, checkpoints, carried
         named = sharded_parameters(forward, forward.get_submodule("model"))
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.trained = Trained(self.parameters, self.optimizer)
+        self.steps_before = 0
+        if carried is not None:
+            carried.check_fits(config.optimizer, self.trained)
+            self.steps_before = carried.steps
         self.total_steps = count_steps(objective.num_rows, config)
         self.stop = torch.zeros((), device=group.device)
         """1 once a step was not finite: no later step changes anything."""
@@ -177,6 +192,8 @@ class _Loop:
                 log.info("going on after step %d of %d, from a checkpoint", start, self.total_steps)
             for step, figures in enumerate(self.history):
                 self._tell(step, figures, is_new=False)
+        if not start and self.carried is not None:  # else the checkpoint has what became of it
+            self.carried.fill(self.trained)
         self.read_at = self.saved_at = time.monotonic()
         with _Interruption() as interruption:
             try:
@@ -207,7 +224,7 @@ class _Loop:
 
     def _take(self, step: int, batch: Sequence[Any], interruption: "_Interruption") -> bool:
         """Take one step; False if a signal came before its update, which then is not made."""
-        set_learning_rate(self.optimizer, learning_rate(step, self.total_steps, self.config))
+        set_learning_rate(self.optimizer, self._learning_rate(step))
         figures = torch.zeros(
             1 + len(self.objective.metric_names), dtype=torch.float64, device=self.group.device
         )
@@ -233,6 +250,9 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.unread.append(torch.cat([figures[:1], norm.double().reshape(1), figures[1:]]))
         return True
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.steps_before + step, self.total_steps, self.config)
 
     def _attend(self, steps: int) -> None:
         """Read metrics and write a checkpoint, where it is time to."""
@@ -283,7 +303,7 @@ class _Loop:
             Step(
                 step=step,
                 epoch=(step + 1) / steps_an_epoch(self.objective.num_rows, self.config),
-                learning_rate=learning_rate(step, self.total_steps, self.config),
+                learning_rate=self._learning_rate(step),
                 loss=figures[_LOSS],
                 grad_norm=figures[_NORM],
                 metrics=dict(zip(names, figures[_METRICS:], strict=True)),

@@ -1,5 +1,6 @@
 """A model on its way from one artifact to the next: loaded, checked, trained, saved."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from stages.data.tokens import pair_tokens
 from stages.errors import ConfigError
 from stages.model import adapters
 from stages.model.base import Base
+from stages.model.carried import Carried, write_carried
 from stages.model.checkpoints import Checkpoints
 from stages.model.fit import Step, batch_rows, fit, make_ready
 from stages.model.group import Group
@@ -28,6 +30,8 @@ from stages.model.save import save_adapter, save_model, saved_dtype
 from stages.model.sharding import gathered, gathered_adapter, open_sharded, shard
 from stages.model.source import model_chain
 from stages.objective.losses import PairLossOptions
+
+log = logging.getLogger("spin")
 
 _LN_2_OPTIONS = PairLossOptions(
     loss="sigmoid",
@@ -87,9 +91,20 @@ class Learner:
         pairs = [pair_tokens(store.row(i)) for i in rows]
         check_exact(self._forward, pairs, self._config, self._group.highest)
 
-    def train(self, on_step: Callable[[Step], None], shards: ShardStore) -> None:
-        """Take all steps, with checkpoints among a workspace's shards; see `fit`."""
-        fit(
+    def train(
+        self,
+        on_step: Callable[[Step], None],
+        shards: ShardStore,
+        carried: Carried | None = None,
+        keep_state: Path | None = None,
+    ) -> None:
+        """Take all steps, with checkpoints among a workspace's shards; see `fit`.
+
+        Args:
+            carried: optimizer state to go on with; None begins anew.
+            keep_state: a folder to leave the optimizer's state in; None leaves none.
+        """
+        trained = fit(
             self._forward,
             self._objective,
             self._config,
@@ -97,7 +112,12 @@ class Learner:
             self._group,
             on_step,
             Checkpoints(shards, self._config.checkpoint.keep),
+            carried,
         )
+        if keep_state is not None:
+            steps = self.total_steps + (carried.steps if carried else 0)
+            write_carried(keep_state, trained, self._config.optimizer, steps)
+            self._group.wait_for_all()
 
     def save(
         self, folder: Path, renderer: Renderer, tokenizer_dir: Path, base: Base | None = None
@@ -165,6 +185,13 @@ def open_player(
         adapters.fill(forward.model, config.lora, seed, own)
     objective = PairObjective(store, forward, config, options, config.control)
     dtype = saved_dtype(config.weights_dtype, model_dir)
+    whole = config.lora is None or config.lora.output == "merged"
+    if config.carry_optimizer and whole and dtype == torch.bfloat16 and group.rank == 0:
+        log.warning(
+            "train.carry_optimizer: the player is saved in bf16, which rounds away what an "
+            "iteration adds to a weight if that is less than about 1/500 of it; set "
+            "train.weights_dtype=float32 to keep all"
+        )
     return Learner(forward, objective, config, seed, group, dtype)
 
 

@@ -33,11 +33,11 @@ from stages.model.adapters import (
     transposed_maps,
     weights,
 )
-from stages.model.checkpoints import rows_here
 from stages.model.group import Group
 from stages.model.load import load_model, load_skeleton
 from stages.model.pairs import PairForward
 from stages.model.source import model_chain
+from stages.model.state_files import rows_here
 
 
 def shard(forward: PairForward, group: Group, config: ShardingConfig, precision: str) -> None:

@@ -15,6 +15,9 @@ from stages.errors import CorruptError, InputError
 from stages.model.base import BASE_NAME, Base, base_of, is_adapter
 
 MODEL_STAGES = ("sft", "train")
+OPTIMIZER_FOLDER = "optimizer/"
+"""Of a train artifact: what its training leaves for the next one (see `carried`), no part of the
+model."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _HUB = "hub:"
 
@@ -37,7 +40,9 @@ class ModelSource:
         """
         for source in self.chain():
             if source.artifact is not None:
-                source.artifact.files()
+                for file in source.artifact.manifest.files:
+                    if not file.path.startswith(OPTIMIZER_FOLDER):  # twice as large as the weights
+                        source.artifact.file(file.path)
         return self.path
 
     def chain(self) -> "list[ModelSource]":
