@@ -66,7 +66,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and er
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Details, and tracebacks.")]
 Data = Annotated[Path, typer.Option("--data", help="The output of prepare.")]
 Prompts = Annotated[Path, typer.Option("--data", "--prompts", help="The output of prepare.")]
-Generations = Annotated[Path, typer.Option("--generations", help="The output of generate.")]
+Generations = Annotated[
+    list[Path],
+    typer.Option("--generations", help="The output of generate; several times with a pool, the "
+                 "newest opponent's first."),
+]  # fmt: skip
+Shrink = Annotated[
+    bool, typer.Option("--shrink", help="The recipe's reduced form: tiny model, little data.")
+]
 Pairs = Annotated[Path, typer.Option("--pairs", help="The output of pair.")]
 ScoredPairs = Annotated[Path, typer.Option("--pairs", help="The output of score.")]
 Model = Annotated[
@@ -105,6 +112,7 @@ def prepare(
         typer.Option("--source", help="A file, a folder, or a data set id; sets prepare.source."),
     ] = None,
     config: Config = None,
+    shrink: Shrink = False,
     overrides: Overrides = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -113,7 +121,7 @@ def prepare(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    _execute(Step("prepare", out), _recipe(config, overrides, source))
+    _execute(Step("prepare", out), _recipe(config, overrides, source, shrink=shrink))
 
 
 @app.command(epilog=_example("spin sft --data data --model BASE --out models/sft sft.epochs=1"))
@@ -123,6 +131,7 @@ def sft(
     model: MaybeModel = None,
     revision: Revision = None,
     config: Config = None,
+    shrink: Shrink = False,
     overrides: Overrides = None,
     processes: Processes = None,
     gpus: Gpus = None,
@@ -134,7 +143,8 @@ def sft(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, [*(overrides or []), *_processes("sft", processes, gpus)])
+    words = [*(overrides or []), *_processes("sft", processes, gpus)]
+    recipe = _recipe(config, words, shrink=shrink)
     section = recipe.for_iteration().sft
     if section is not None and section.init == "random" and model is None:
         options: dict[str, str] = {}
@@ -154,6 +164,7 @@ def generate(
     model: MaybeModel = None,
     revision: Revision = None,
     config: Config = None,
+    shrink: Shrink = False,
     iteration: Iteration = 0,
     overrides: Overrides = None,
     processes: Annotated[
@@ -172,6 +183,11 @@ def generate(
     show_samples: Annotated[
         bool, typer.Option("--show-samples", help="Show an answer every 30 seconds.")
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="K/M", help="Of the drawn prompts those of the K-th of M "
+                     "pool members; 0/M: those left to the newest opponent."),
+    ] = None,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -192,8 +208,10 @@ def generate(
         "show_samples_every_s": 30 if show_samples else None,
     }
     words = [f"generate.{name}={value}" for name, value in chosen.items() if value is not None]
-    recipe = _recipe(config, [*(overrides or []), *words])
+    recipe = _recipe(config, [*(overrides or []), *words], shrink=shrink)
     options = {**_model(recipe, iteration, model, revision), "data": str(data)}
+    if part is not None:
+        options["part"] = part
     _execute(Step("generate", out, iteration, options), recipe, no_verify)
 
 
@@ -206,18 +224,20 @@ def reward(
     data: Data,
     generations: Generations,
     config: Config = None,
+    shrink: Shrink = False,
     iteration: Iteration = 0,
     overrides: Overrides = None,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score every sample by a rule."""
+    """Score every sample: by rule, function, model or judge."""
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    options = {"data": str(data), "generations": str(generations)}
-    _execute(Step("reward", out, iteration, options), _recipe(config, overrides), no_verify)
+    several = {"generations": [str(path) for path in generations]}
+    step = Step("reward", out, iteration, {"data": str(data)}, several)
+    _execute(step, _recipe(config, overrides, shrink=shrink), no_verify)
 
 
 @app.command(
@@ -229,10 +249,20 @@ def pair(
     generations: Generations,
     model: Model,
     rewards: Annotated[
-        Path | None, typer.Option("--rewards", help="The output of reward, for a ranked game.")
+        Path | None,
+        typer.Option("--rewards", help="The output of reward, where the policy ranks samples."),
+    ] = None,
+    replay: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--replay",
+            help="The pairs of an iteration before, to be trained on again; "
+            "several times, the newest first.",
+        ),
     ] = None,
     revision: Revision = None,
     config: Config = None,
+    shrink: Shrink = False,
     iteration: Iteration = 0,
     overrides: Overrides = None,
     no_verify: NoVerify = False,
@@ -243,12 +273,14 @@ def pair(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, overrides)
-    options = {"data": str(data), "generations": str(generations)}
-    if rewards is not None:
-        options["rewards"] = str(rewards)
+    recipe = _recipe(config, overrides, shrink=shrink)
+    options = {"data": str(data), **({"rewards": str(rewards)} if rewards is not None else {})}
     options |= _model(recipe, iteration, model, revision)
-    _execute(Step("pair", out, iteration, options), recipe, no_verify)
+    several = {
+        "generations": [str(path) for path in generations],
+        "replay": [str(path) for path in replay or []],
+    }
+    _execute(Step("pair", out, iteration, options, several), recipe, no_verify)
 
 
 @app.command(epilog=_example("spin score --pairs pairs --model M --out scored"))
@@ -258,6 +290,7 @@ def score(
     model: Model,
     revision: Revision = None,
     config: Config = None,
+    shrink: Shrink = False,
     iteration: Iteration = 0,
     overrides: Overrides = None,
     processes: Processes = None,
@@ -270,7 +303,8 @@ def score(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, [*(overrides or []), *_processes("score", processes, gpus)])
+    words = [*(overrides or []), *_processes("score", processes, gpus)]
+    recipe = _recipe(config, words, shrink=shrink)
     options = {"pairs": str(pairs), **_model(recipe, iteration, model, revision)}
     _execute(Step("score", out, iteration, options), recipe, no_verify)
 
@@ -284,7 +318,15 @@ def train(
     pairs: ScoredPairs,
     model: Model,
     revision: Revision = None,
+    optimizer_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--optimizer-from",
+            help="The player before, whose optimizer state goes on (with train.carry_optimizer).",
+        ),
+    ] = None,
     config: Config = None,
+    shrink: Shrink = False,
     iteration: Iteration = 0,
     overrides: Overrides = None,
     processes: Processes = None,
@@ -297,8 +339,11 @@ def train(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, [*(overrides or []), *_processes("train", processes, gpus)])
+    words = [*(overrides or []), *_processes("train", processes, gpus)]
+    recipe = _recipe(config, words, shrink=shrink)
     options = {"pairs": str(pairs), **_model(recipe, iteration, model, revision)}
+    if optimizer_from is not None:
+        options["optimizer_from"] = str(optimizer_from)
     _execute(Step("train", out, iteration, options), recipe, no_verify)
 
 
@@ -322,6 +367,7 @@ def evaluate(
                      "are used instead of drawing them again."),
     ] = None,
     config: Config = None,
+    shrink: Shrink = False,
     iteration: MaybeIteration = None,
     overrides: Overrides = None,
     no_verify: NoVerify = False,
@@ -335,7 +381,7 @@ def evaluate(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, overrides)
+    recipe = _recipe(config, overrides, shrink=shrink)
     options = {**_model(recipe, iteration, model, revision), "data": str(data)}
     more = {
         "opponent": opponent,
@@ -360,6 +406,7 @@ def promote(
         typer.Option("--config", "-c", metavar="RECIPE", help="A recipe file, or the name of a "
                      "shipped recipe. [default: the run's]", show_default=False),
     ] = None,
+    shrink: Shrink = False,
     overrides: Overrides = None,
     no_verify: NoVerify = False,
     quiet: Quiet = False,
@@ -383,7 +430,11 @@ def promote(
 
     layout = RunLayout(run)
     recorded = read_recipe(layout)
-    recipe = _recipe(config, overrides) if config else recorded.with_overrides(overrides or [])
+    recipe = (
+        _recipe(config, overrides, shrink=shrink)
+        if config
+        else recorded.with_overrides(overrides or [])
+    )
     assert iteration is not None, "checked above"
     out = layout.stage(iteration, "promote")
     _execute(Step("promote", out, iteration), recipe, no_verify)
@@ -417,9 +468,18 @@ def run_(
     ],
     run: Annotated[Path, typer.Option("--run", "-r", help="The run directory; made when new.")],
     iterations: Annotated[
-        int, typer.Option("--iterations", "-n", min=0, help="How many there shall be in all.")
-    ] = 1,
+        int | None,
+        typer.Option("--iterations", "-n", min=0, help="How many there shall be in all. "
+                     "[default: 1; with --until-converged the recipe's stop.max_iterations]",
+                     show_default=False),
+    ] = None,
     overrides: Overrides = None,
+    shrink: Shrink = False,
+    until_converged: Annotated[
+        bool,
+        typer.Option("--until-converged", help="Stop as soon as the opponent can no longer be told "
+                     "from the data, by the recipe's `stop` section."),
+    ] = False,
     control: Annotated[
         bool,
         typer.Option("--control", help="Run the control arm instead, supervised steps on the same "
@@ -427,6 +487,9 @@ def run_(
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the commands that do the same, and stop.")
+    ] = False,
+    as_rules: Annotated[
+        bool, typer.Option("--rules", help="Print rules of make that do the same, and stop.")
     ] = False,
     amend: Annotated[
         bool,
@@ -445,7 +508,7 @@ def run_(
 ) -> None:  # fmt: skip
     """Run the whole loop, or go on where it stopped."""
     set_up_messages(quiet=quiet, verbose=verbose)
-    from spin_cli.loop import carry_on, commands
+    from spin_cli.loop import carry_on, commands, rules
     from spin_cli.views import put_iterations
     from stages.artifacts.locks import hold
     from stages.errors import GateRefusedError
@@ -453,21 +516,40 @@ def run_(
     from stages.run_record import start_or_resume
 
     words = [*(overrides or []), *(["train.control=true"] if control else [])]
-    chosen = _recipe(recipe, words)
+    chosen = _recipe(recipe, words, shrink=shrink)
     layout = RunLayout(_control_arm(run) if control else run)
-    if dry_run:
-        no_check = ["--no-verify"] if no_verify else []
-        for line in commands(layout, chosen, iterations, ["--config", recipe, *words], no_check):
+    if iterations is None:
+        iterations = chosen.for_iteration().stop.max_iterations if until_converged else 1
+    if dry_run or as_rules:
+        settings = ["--config", recipe, *(["--shrink"] if shrink else []), *words]
+        flags = ["--no-verify"] if no_verify else []
+        if as_rules:
+            lines = rules(layout, chosen, iterations, settings, flags)
+        else:
+            lines = commands(
+                layout, chosen, iterations, settings, flags, until_converged=until_converged
+            )
+        for line in lines:
             put(line)
         return
     with hold(layout.lock, f"run {layout.root}"):
         start_or_resume(layout, chosen, amend=amend)
         try:
-            carry_on(layout, chosen, iterations, verify=not no_verify, keep_engine=keep_engine)
+            reason = carry_on(
+                layout,
+                chosen,
+                iterations,
+                verify=not no_verify,
+                keep_engine=keep_engine,
+                until_converged=until_converged,
+            )
         except GateRefusedError:
             put_iterations(layout.root)
             raise
         put_iterations(layout.root)
+    if until_converged:
+        not_yet = f"not converged after {iterations} iterations, which is all that it may have"
+        say(f"{layout.root}: " + (f"converged: {reason}" if reason else not_yet))
 
 
 def _control_arm(run: Path) -> Path:
@@ -479,6 +561,7 @@ def _control_arm(run: Path) -> Path:
 def init(
     run: Run,
     config: Config = None,
+    shrink: Shrink = False,
     overrides: Overrides = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -490,7 +573,7 @@ def init(
     from stages.run_record import start_or_resume
 
     layout = RunLayout(run)
-    recipe = _recipe(config, overrides)
+    recipe = _recipe(config, overrides, shrink=shrink)
     with hold(layout.lock, f"run {run}"):
         start_or_resume(layout, recipe)
 
@@ -502,6 +585,9 @@ def opponent(
     evaluation: Annotated[
         bool, typer.Option("--evaluation", help="Print its evaluation instead.")
     ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print the reference's model instead.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -510,13 +596,47 @@ def opponent(
     Exit code 6 when a refusal ended the run before it.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
-    from stages.decisions import opponent_of
+    from stages.decisions import opponent_of, reference_of
+    from stages.layout import RunLayout
+    from stages.run_record import read_recipe
+
+    if evaluation and reference:
+        raise typer.BadParameter("give either --evaluation or --reference")
+    layout = RunLayout(run)
+    recipe = read_recipe(layout)
+    found = opponent_of(layout, recipe, iteration)
+    if reference:
+        found = reference_of(recipe, iteration, lambda t: opponent_of(layout, recipe, t))
+    put(found.evaluation if evaluation else found.model)
+
+
+@app.command(epilog=_example("spin train … $(spin adapted runs/a --iteration 1)"))
+def adapted(run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Print the setting that follows measurement in an iteration; see `adapt` in the recipe."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from stages.adaptation import adapted as read_adapted
     from stages.layout import RunLayout
     from stages.run_record import read_recipe
 
     layout = RunLayout(run)
-    found = opponent_of(layout, read_recipe(layout), iteration)
-    put(found.evaluation if evaluation else found.model)
+    for name, value in read_adapted(layout, read_recipe(layout), iteration).items():
+        put(f"{name}={value!r}")
+
+
+@app.command(epilog=_example("spin converged runs/a --iteration 3"))
+def converged(
+    run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """Print why a run has converged with an iteration; nothing if it has not."""
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from stages.convergence import converged as read_converged
+    from stages.layout import RunLayout
+    from stages.run_record import read_recipe
+
+    layout = RunLayout(run)
+    reason = read_converged(layout, read_recipe(layout), iteration)
+    if reason is not None:
+        put(reason)
 
 
 @app.command(epilog=_example("spin status runs/demo", "spin status runs/demo --json"))
@@ -614,6 +734,7 @@ def config_show(
     ] = None,
     overrides: Overrides = None,
     iteration: MaybeIteration = None,
+    shrink: Shrink = False,
     verbose: Verbose = False,
 ) -> None:
     """Print the resolved recipe, each value with its origin."""
@@ -624,7 +745,7 @@ def config_show(
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         words.insert(0, recipe)
         recipe = None
-    for name, value, origin in _recipe(recipe, words).origins(iteration):
+    for name, value, origin in _recipe(recipe, words, shrink=shrink).origins(iteration):
         put(setting_line(name, value, origin))
 
 
@@ -649,10 +770,16 @@ def version() -> None:
         put(f"{name} {number}")
 
 
-def _recipe(name: str | None, overrides: list[str] | None, source: str | None = None) -> "Recipe":
+def _recipe(
+    name: str | None,
+    overrides: list[str] | None,
+    source: str | None = None,
+    *,
+    shrink: bool = False,
+) -> "Recipe":
     from spin_cli import recipes
 
-    return recipes.load(name, list(overrides or []), source)
+    return recipes.load(name, list(overrides or []), source, shrink=shrink)
 
 
 def _processes(section: str, processes: int | None, gpus: int | None) -> list[str]:

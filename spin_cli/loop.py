@@ -3,11 +3,23 @@
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spin_cli.steps import ShellText, Step, command, execute
+from stages.adaptation import at_iteration
 from stages.artifacts.manifest import MANIFEST_NAME
-from stages.decisions import Opponent, first_opponent, opponent_of, player
+from stages.convergence import converged
+from stages.decisions import (
+    Opponent,
+    first_opponent,
+    opponent_of,
+    player,
+    pool_of,
+    reference_of,
+    replayed,
+)
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import Recipe
 
@@ -22,23 +34,33 @@ def carry_on(
     *,
     verify: bool = True,
     keep_engine: bool = False,
-) -> None:
+    until_converged: bool = False,
+) -> str | None:
     """Run what is missing of a run; the caller holds its lock.
 
     Args:
         verify: check the SHA-256 of inputs.
         keep_engine: let one engine live through the run; its answers are those of new ones.
+        until_converged: end after the first iteration with which the run has converged.
+
+    Returns:
+        With `until_converged`: why the run has converged, or None if it has not.
 
     Raises:
         GateRefusedError: a player was refused, and the recipe stops there.
     """
     with _engines(recipe, iterations, keep_engine) as open_engine:
         for step in steps(layout, recipe, iterations, lambda t: opponent_of(layout, recipe, t)):
-            config = recipe.for_iteration(step.iteration)
+            config = at_iteration(layout, recipe, step.iteration).for_iteration(step.iteration)
             checked = config if verify else config.model_copy(update={"verify": False})
             execute(step, checked, open_engine)
+            if until_converged and step.stage == "promote" and step.iteration is not None:
+                reason = converged(layout, recipe, step.iteration)
+                if reason is not None:
+                    return reason
     if iterations > 0:
         opponent_of(layout, recipe, iterations)  # raises when the last player was refused
+    return None
 
 
 @contextmanager
@@ -62,6 +84,8 @@ def commands(
     iterations: int,
     settings: Sequence[str],
     flags: Sequence[str] = (),
+    *,
+    until_converged: bool = False,
 ) -> Iterator[str]:
     """Yield the command lines that do the same as `carry_on`, for a shell with `set -e`.
 
@@ -76,11 +100,103 @@ def commands(
         GateRefusedError: a player was refused already, and the recipe stops there.
     """
     yield shlex.join(["spin", "init", str(layout.root), *settings])
-    for step in steps(layout, recipe, iterations, lambda t: _foreseen(layout, recipe, t)):
+    expected = partial(_foreseen, layout, recipe)
+    for step, line in _lines(layout, recipe, iterations, settings, flags, expected):
+        if step.stage != "promote":
+            yield line
+            continue
+        assert step.iteration is not None, "an iteration's player is promoted"
+        stops = recipe.for_iteration(step.iteration).promote.on_refusal == "stop"
+        yield line if stops and not until_converged else f"{line} || test $? = 6"
+        if until_converged:
+            words = ["spin", "converged", str(layout.root), "--iteration", str(step.iteration)]
+            yield f'reason="$({shlex.join(words)})" && if [ -n "$reason" ]; then exit 0; fi'
+            yield f"{_ask(layout, step.iteration + 1)} > /dev/null"
+
+
+def rules(
+    layout: RunLayout,
+    recipe: Recipe,
+    iterations: int,
+    settings: Sequence[str],
+    flags: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield the rules that do the same for make; see configs/pipeline.mk.
+
+    They do not depend on what the run holds. Every artifact depends on those it reads, and an
+    iteration on the decision before it, which is asked whether the run goes on.
+    """
+    init = shlex.join(["spin", "init", str(layout.root), *settings])
+    yield _rule(layout.record, [], [init])
+    before = layout.record
+    expected = partial(_expected, layout, recipe)
+    for step, line in _lines(layout, recipe, iterations, settings, flags, expected):
+        needs, lines = _artifacts(step, layout), [line]
+        if step.stage == "generate":
+            needs.append(_in_make(before))
+            lines.insert(0, f"{_ask(layout, step.iteration or 0)} > /dev/null")
+        if step.stage == "promote":
+            lines = [f"{line} || test $? = 6"]
+        if step.stage == "promote" or step.iteration is None:
+            before = step.out / MANIFEST_NAME
+        yield _rule(step.out / MANIFEST_NAME, needs or [f"| {_in_make(layout.record)}"], lines)
+
+
+def _rule(target: Path, needs: Sequence[str], lines: Sequence[str]) -> str:
+    head = " ".join([f"{_in_make(target)}:", *needs])
+    return "\n\t".join([head, *(_recipe_line(line) for line in lines)]) + "\n"
+
+
+def _ask(layout: RunLayout, iteration: int) -> str:
+    """Return the command that prints an opponent, and fails where there is none."""
+    return shlex.join(["spin", "opponent", str(layout.root), "--iteration", str(iteration)])
+
+
+def _lines(
+    layout: RunLayout,
+    recipe: Recipe,
+    iterations: int,
+    settings: Sequence[str],
+    flags: Sequence[str],
+    opponent: Callable[[int], Opponent],
+) -> Iterator[tuple[Step, str]]:
+    """Yield the steps with their command lines, as far as they can be told now."""
+    for step in steps(layout, recipe, iterations, opponent):
         more = () if step.stage == "prepare" else flags
-        line = command(step, [*more, *settings])
-        goes_on = recipe.for_iteration(step.iteration).promote.on_refusal != "stop"
-        yield f"{line} || test $? = 6" if step.stage == "promote" and goes_on else line
+        measured = _measured_settings(layout, recipe, step.iteration)
+        yield step, command(step, [*more, *settings, *measured])
+
+
+def _measured_settings(layout: RunLayout, recipe: Recipe, iteration: int | None) -> list[str]:
+    """Return the words for a shell that set what follows measurement; see adaptation.py."""
+    if not iteration or recipe.for_iteration(iteration).adapt.target_kl is None:
+        return []
+    words = shlex.join(["spin", "adapted", str(layout.root), "--iteration", str(iteration)])
+    return [ShellText(f'"$({words})"')]
+
+
+def _artifacts(step: Step, layout: RunLayout) -> list[str]:
+    """Return the manifests of a run that a step reads, as make knows them."""
+    if step.stage == "promote":
+        return [_in_make(step.out.parent / "evaluate" / MANIFEST_NAME)]
+    several = (place for places in step.several.values() for place in places)
+    inside = [
+        Path(place) / MANIFEST_NAME
+        for place in [*step.options.values(), *several]
+        if not isinstance(place, ShellText) and Path(place).is_relative_to(layout.root)
+    ]
+    return [_in_make(path) for path in dict.fromkeys(inside)]
+
+
+def _in_make(path: Path) -> str:
+    """Return a path as a target or prerequisite of make."""
+    return str(path).replace("$", "$$").replace(" ", "\\ ").replace("#", "\\#")
+
+
+def _recipe_line(line: str) -> str:
+    """Return a line of a shell as one of make, which calls `$(SPIN)`."""
+    escaped = line.replace("$", "$$").replace("$$(spin ", "$$($(SPIN) ")
+    return f"$(SPIN) {escaped.removeprefix('spin ')}"
 
 
 def steps(
@@ -106,35 +222,55 @@ def steps(
         "evaluate", layout.start_evaluation, options={**_model(first.model, first.revision), **data}
     )
     for iteration in range(iterations):
-        yield from _iteration_steps(layout, recipe, iteration, opponent(iteration))
+        yield from _iteration_steps(layout, recipe, iteration, opponent)
 
 
 def _iteration_steps(
-    layout: RunLayout, recipe: Recipe, iteration: int, opponent: Opponent
+    layout: RunLayout, recipe: Recipe, iteration: int, opponent: Callable[[int], Opponent]
 ) -> Iterator[Step]:
     config = recipe.for_iteration(iteration)
     place = {name: str(layout.stage(iteration, name)) for name in ITERATION_STAGES}
 
-    def step(stage: str, options: dict[str, str]) -> Step:
-        return Step(stage, layout.stage(iteration, stage), iteration, options)
+    def step(stage: str, options: dict[str, str], **several: list[str]) -> Step:
+        return Step(stage, layout.stage(iteration, stage), iteration, options, several)
 
     data = {"data": str(layout.data)}
-    model = _model(opponent.model, opponent.revision)
-    generations = {**data, "generations": place["generate"]}
-    yield step("generate", {**model, **data})
+    now = opponent(iteration)
+    model = _model(now.model, now.revision)
+    pool = pool_of(recipe, iteration, opponent)
+    yield step("generate", {**model, **data, **_part(0, pool)})
+    answers = [place["generate"]]
+    for member, older in enumerate(pool, 1):
+        out = layout.pool(iteration, member)
+        options = {**_model(older.model, older.revision), **data, **_part(member, pool)}
+        yield Step("generate", out, iteration, options)
+        answers.append(str(out))
     rewards: dict[str, str] = {}
     if config.pair.needs_rewards:
-        yield step("reward", generations)
+        yield step("reward", data, generations=answers)
         rewards = {"rewards": place["reward"]}
-    yield step("pair", {**generations, **rewards, **model})
-    yield step("score", {"pairs": place["pair"], **model})
-    yield step("train", {"pairs": place["score"], **model})
+    replay = [str(layout.stage(t, "pair")) for t in replayed(recipe, iteration)]
+    yield step("pair", {**data, **rewards, **model}, generations=answers, replay=replay)
+    reference = reference_of(recipe, iteration, opponent)
+    yield step("score", {"pairs": place["pair"], **_model(reference.model, reference.revision)})
+    carries = config.train.carry_optimizer and _is_player(layout, now.model)
+    carried = {"optimizer_from": now.model} if carries else {}
+    yield step("train", {"pairs": place["score"], **model, **carried})
     against = {
-        **_model(opponent.model, opponent.revision, "opponent", "opponent_revision"),
-        "opponent_evaluation": opponent.evaluation,
+        **_model(now.model, now.revision, "opponent", "opponent_revision"),
+        "opponent_evaluation": now.evaluation,
     }
     yield step("evaluate", {"model": place["train"], **data, **against})
     yield step("promote", {})
+
+
+def _part(member: int, pool: Sequence[Opponent]) -> dict[str, str]:
+    return {"part": f"{member}/{len(pool)}"} if pool else {}
+
+
+def _is_player(layout: RunLayout, model: str) -> bool:
+    """Tell whether a model was trained in an iteration, so that it has an optimizer's state."""
+    return isinstance(model, ShellText) or Path(model).is_relative_to(layout.root / "iterations")
 
 
 def _model(
@@ -145,16 +281,21 @@ def _model(
 
 def _foreseen(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     """Return the opponent of an iteration that may lie ahead; see `commands`."""
+    decided = layout.stage(iteration - 1, "promote") / MANIFEST_NAME if iteration else None
+    if decided is None or decided.is_file():
+        return opponent_of(layout, recipe, iteration)
+    return _expected(layout, recipe, iteration)
+
+
+def _expected(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
+    """Return the opponent of an iteration if all goes well, as a question where it may not."""
     if iteration == 0:
         return opponent_of(layout, recipe, iteration)
-    before = iteration - 1
-    if (layout.stage(before, "promote") / MANIFEST_NAME).is_file():
-        return opponent_of(layout, recipe, iteration)
-    if recipe.for_iteration(before).promote.on_refusal != "champion":
-        return player(layout, before)
-    words = shlex.join(["spin", "opponent", str(layout.root), "--iteration", str(iteration)])
+    if recipe.for_iteration(iteration - 1).promote.on_refusal != "champion":
+        return player(layout, iteration - 1)
+    ask = _ask(layout, iteration)
     return Opponent(
-        model=ShellText(f'"$({words})"'),
+        model=ShellText(f'"$({ask})"'),
         revision=None,
-        evaluation=ShellText(f'"$({words} --evaluation)"'),
+        evaluation=ShellText(f'"$({ask} --evaluation)"'),
     )

@@ -35,7 +35,11 @@ def put_status(run: Path) -> None:
     put(f"start: {_states(states)}")
     for row in found["iterations"]:
         stages = {name: stage["state"] for name, stage in row["stages"].items()}
-        put(f"iteration {row['index']}: {_states(stages)}")
+        put(f"iteration {row['index']}: {_states(stages)}{_course(row)}")
+        for alarm in (row["decision"] or {}).get("alarms", []):
+            put(f"  alarm ({alarm['action']}): {alarm['text']}")
+        if row["converged"]:
+            put(f"  converged: {row['converged']}")
     put("")
     _put_iterations(found)
 
@@ -53,6 +57,16 @@ def _states(states: dict[str, str]) -> str:
     if set(states.values()) == {"done"}:
         return "done"
     return ", ".join(f"{name} {state}" for name, state in states.items())
+
+
+def _course(row: dict[str, Any]) -> str:
+    """Return what an iteration was held to, and what its optimizer went on from."""
+    words = []
+    if row["reference"]:
+        words.append(f"reference {row['reference']}")
+    if row["optimizer"]:
+        words.append(f"optimizer {row['optimizer']}")
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _put_iterations(found: dict[str, Any]) -> None:

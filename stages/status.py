@@ -14,6 +14,7 @@ from stages.artifacts.json_file import read_object
 from stages.artifacts.locks import lock_path
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import read_pointer
+from stages.convergence import converged
 from stages.decisions import DECISION, METRICS
 from stages.errors import SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
@@ -26,9 +27,12 @@ def status(run: Path) -> dict[str, Any]:
 
     `run` is the path as given; `champion` the champion's path relative to it, or None;
     `start.metrics` what evaluate found for the first opponent; `iterations` a list of
-    {index, stages, metrics, decision}. `stages` maps a name to {state, key, seconds}, state being
-    done, running, partial (an attempt that was cut off), missing or corrupt. `metrics` are
-    evaluate's, and pair's `identical_share`; `decision` is that of promote, or None.
+    {index, stages, metrics, decision, reference, optimizer, converged}. `stages` maps a name to
+    {state, key, seconds}, state being done, running, partial (an attempt that was cut off), missing
+    or corrupt. `metrics` are evaluate's, and pair's `identical_share`; `decision` is that of
+    promote, or None. `reference` is the model that the pairs were scored under, `optimizer` the
+    player whose optimizer's state was carried on, or "fresh"; `converged` says why the run may end
+    with this iteration, or is None.
 
     Raises:
         InputError: `run` is no run directory.
@@ -54,16 +58,49 @@ def stage_state(out: Path) -> dict[str, Any]:
 
 
 def _iteration(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, Any]:
-    ranked = recipe.for_iteration(iteration).pair.needs_rewards
-    stages = {name: stage_state(layout.stage(iteration, name)) for name in ITERATION_STAGES}
-    if not ranked and stages["reward"]["state"] == "missing":
+    config = recipe.for_iteration(iteration)
+    places = {name: layout.stage(iteration, name) for name in ITERATION_STAGES}
+    pool = range(1, min(config.generate.pool.size, iteration) + 1)
+    places |= {f"pool-{member}": layout.pool(iteration, member) for member in pool}
+    stages = {name: stage_state(place) for name, place in places.items()}
+    if not config.pair.needs_rewards and stages["reward"]["state"] == "missing":
         del stages["reward"]
     metrics = _evaluation(layout.stage(iteration, "evaluate"))
     pairs = _finished(layout.stage(iteration, "pair"))
     if isinstance(pairs, Manifest) and "identical_share" in pairs.metrics:
         metrics["identical_share"] = pairs.metrics["identical_share"]
     decision = _object(layout.stage(iteration, "promote"), DECISION)
-    return {"index": iteration, "stages": stages, "metrics": metrics, "decision": decision}
+    return {
+        "index": iteration,
+        "stages": stages,
+        "metrics": metrics,
+        "decision": decision,
+        "reference": _reference(layout, iteration),
+        "optimizer": _optimizer(layout, iteration),
+        "converged": _converged(layout, recipe, iteration) if decision else None,
+    }
+
+
+def _reference(layout: RunLayout, iteration: int) -> str | None:
+    """Return the model that the pairs were scored under, or None where they are not yet."""
+    scored = _finished(layout.stage(iteration, "score"))
+    return scored.inputs["model"].path if isinstance(scored, Manifest) else None
+
+
+def _optimizer(layout: RunLayout, iteration: int) -> str | None:
+    """Return the player whose optimizer was gone on with, "fresh", or None before training."""
+    trained = _finished(layout.stage(iteration, "train"))
+    if not isinstance(trained, Manifest):
+        return None
+    carried = trained.inputs.get("optimizer_from")
+    return carried.path if carried else "fresh"
+
+
+def _converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
+    try:
+        return converged(layout, recipe, iteration)
+    except SpinError:  # a stage's state says what is wrong
+        return None
 
 
 def _evaluation(out: Path) -> dict[str, Any]:

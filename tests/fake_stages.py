@@ -21,12 +21,18 @@ from stages.artifacts.manifest import MANIFEST_NAME, InputRef
 from stages.config import RunConfig
 from stages.layout import RunLayout
 
-PLACES = ("data", "generations", "rewards", "pairs", "model", "opponent", "opponent_evaluation")
+PLACES = (
+    "data", "rewards", "pairs", "model", "optimizer_from", "opponent", "opponent_evaluation",
+)  # fmt: skip
 calls: list[str] = []
 """The stages that did work, in order; a stage that is done already is not named."""
 accuracy_by_model: dict[str, float | None] = {}
 """From a model's path in its run to the accuracy that evaluate finds, where it is not the usual
 0.6, 0.7, … of the start and of iterations 0, 1, …"""
+accuracy_of_discriminator: dict[str, float] = {}
+"""Likewise held-out reward accuracy, where it is not the usual 0.75."""
+divergence_by_model: dict[str, float] = {}
+"""Likewise the divergence from the opponent, where it is not the usual 4."""
 before_fill: list[Callable[[str, Path], None]] = []
 """Called with stage and output as soon as the workspace is there."""
 
@@ -34,7 +40,10 @@ before_fill: list[Callable[[str, Path], None]] = []
 @dataclass(frozen=True)
 class Inputs:
     data: Path | None = None
-    generations: Path | None = None
+    generations: tuple[Path, ...] = ()
+    replay: tuple[Path, ...] = ()
+    part: tuple[int, int] | None = None
+    optimizer_from: Path | None = None
     rewards: Path | None = None
     pairs: Path | None = None
     model: str | None = None
@@ -47,8 +56,10 @@ class Inputs:
 
 def input_refs(inputs: Inputs, root: Path | None) -> dict[str, InputRef]:
     refs = {}
-    for name in PLACES:
-        value = getattr(inputs, name)
+    names = ["generations", *(f"generations_{i}" for i in range(1, len(inputs.generations)))]
+    several = dict(zip(names, inputs.generations, strict=False))
+    several |= {f"replay_{i}": path for i, path in enumerate(inputs.replay, 1)}
+    for name, value in {**{name: getattr(inputs, name) for name in PLACES}, **several}.items():
         if value is None:
             continue
         if (Path(value) / MANIFEST_NAME).is_file():
@@ -68,6 +79,8 @@ def run_stage(stage: str, config: RunConfig, inputs: Inputs, out: Path) -> Manif
         settings[stage] = section.identity()
     if inputs.iteration is not None:
         settings["iteration"] = inputs.iteration
+    if inputs.part is not None:
+        settings["part"] = list(inputs.part)
     plan = Plan(stage, 1, settings, refs)
 
     def fill(workspace: Workspace) -> Outcome:
@@ -90,7 +103,12 @@ def evaluation(refs: dict[str, InputRef]) -> dict[str, Any]:
     accuracy = accuracy_by_model.get(path, usual)
     metrics: dict[str, Any] = {"sampled_accuracy": accuracy, "greedy_accuracy": 1.0}
     if "opponent" in refs:
-        metrics |= {"heldout_reward_accuracy": 0.75, "heldout_reward_margin": 1.5}
+        metrics |= {
+            "heldout_reward_accuracy": accuracy_of_discriminator.get(path, 0.75),
+            "heldout_reward_accuracy_stderr": 0.01,
+            "heldout_reward_margin": 1.5,
+            "heldout_kl": divergence_by_model.get(path, 4.0),
+        }
     return metrics
 
 
@@ -132,7 +150,9 @@ def fake(name: str) -> Any:
 
 def input_class(name: str) -> Callable[..., Inputs]:
     if name in ("score", "train"):
-        return lambda pairs, model, revision: Inputs(pairs=pairs, model=model, revision=revision)
+        return lambda pairs, model, revision=None, optimizer_from=None: Inputs(
+            pairs=pairs, model=model, revision=revision, optimizer_from=optimizer_from
+        )
     return Inputs
 
 

@@ -50,7 +50,11 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert found["start"] == {"metrics": {"sampled_accuracy": 0.6, "greedy_accuracy": 1.0}}
     assert [row["index"] for row in found["iterations"]] == [0, 1]
     row = found["iterations"][1]
-    assert list(row) == ["index", "stages", "metrics", "decision"]
+    assert list(row) == [
+        "index", "stages", "metrics", "decision", "reference", "optimizer", "converged",
+    ]  # fmt: skip
+    assert (row["reference"], row["optimizer"]) == ("iterations/000/train", "fresh")
+    assert row["converged"] is None
     assert list(row["stages"]) == STAGES
     for stage in row["stages"].values():
         assert list(stage) == ["state", "key", "seconds"]
