@@ -106,6 +106,28 @@ def test_killed_at_a_random_step_it_ends_in_the_same_bytes(
     assert not list(tmp_path.glob(".*.partial"))
 
 
+def test_killed_in_an_iteration_that_carries_the_optimizer_it_ends_in_the_same_bytes(
+    scored: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    first, unbroken, out = (tmp_path / name for name in ("first", "unbroken", "train"))
+    carries = {"carry_optimizer": True, "schedule": "constant", "warmup_steps": 70}
+    train.run(config(**carries, max_steps=10), train_inputs(scored, tiny_model_dir), first)
+    inputs = train.TrainInputs(scored, str(first), optimizer_from=first)
+    train.run(config(**carries), inputs, unbroken)
+    words = ["--optimizer-from", str(first)]
+    words += [f"train.{name}={value}" for name, value in carries.items()]
+    process = start(scored, first, out, *words)
+    wait_until(lambda: bool(steps_kept(out)) and steps_kept(out)[-1] >= 20)
+    process.kill()
+    process.communicate()
+    again = start(scored, first, out, *words)
+    _, said = again.communicate(timeout=BARRIER_S)
+    assert again.returncode == 0, said
+    assert f"of {STEPS}, from a checkpoint" in said
+    assert bytes_of(out) == bytes_of(unbroken)
+    assert "optimizer/state.json" in bytes_of(out)
+
+
 def stop_and_resume(scored: Path, model_dir: Path, out: Path, number: signal.Signals) -> str:
     process = start(scored, model_dir, out, "train.checkpoint.every_steps=1000")
     wait_until(lambda: out.with_name("step-8").exists())  # slow_train makes it

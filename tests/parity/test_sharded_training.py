@@ -38,7 +38,8 @@ SETTINGS = {"learning_rate": 1e-3, "batch_size": 6, "epochs": 3, "precision": "f
 def scored(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = RunConfig.model_validate({"score": {"precision": "fp32"}})
     folder = tmp_path_factory.mktemp("scored")
-    return scored_artifact(random_rows(NUM_PAIRS), tiny_model_dir, folder, config)
+    rows = [{**row, "weight": 0.25 + i % 3} for i, row in enumerate(random_rows(NUM_PAIRS))]
+    return scored_artifact(rows, tiny_model_dir, folder, config)
 
 
 def trained(scored: Path, model_dir: Path, out: Path, **settings: Any) -> Manifest:

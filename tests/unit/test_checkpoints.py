@@ -11,8 +11,10 @@ from stages.artifacts.shards import ShardStore
 from stages.config import OptimConfig
 from stages.errors import ConfigError
 from stages.model import checkpoints as module
-from stages.model.checkpoints import Checkpoints, Trained
+from stages.model import state_files
+from stages.model.checkpoints import Checkpoints
 from stages.model.optim import make_optimizer
+from stages.model.state_files import Trained
 
 
 def trained(rows: int = 7, optimizer: Any = "adamw", seed: int = 0) -> Trained:
@@ -116,8 +118,9 @@ class _Ranks:
         self.part, self.parts = part, parts
 
     def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "rows_here", lambda p: (p.detach(), self.start))
-        monkeypatch.setattr(module, "_place", lambda _: (self.part, self.parts, True))
+        monkeypatch.setattr(state_files, "rows_here", lambda p: (p.detach(), self.start))
+        for user in (state_files, module):
+            monkeypatch.setattr(user, "place", lambda _: (self.part, self.parts, True))
 
     def of(self, whole: Trained) -> Trained:
         rows = slice(self.start, self.stop)
