@@ -1,6 +1,7 @@
 """evaluate: the player on held-out prompts, alone and against the opponent; one row an example."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from stages.artifacts.tables import Row
 from stages.config import EvaluateConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.draw import smallest_by_hash
+from stages.data.repeats import repeated_share
 from stages.data.rows import DROPPED, EXAMPLES, JUDGEMENTS, PROMPTS
 from stages.data.tokens import PairTokens
 from stages.engines import OpenEngine
@@ -35,7 +37,7 @@ from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
 from stages.rewards import Question, RewardSource, Unscored, find_reward, open_reward
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HELDOUT_ITERATION = -1
 """Stands for the iteration in held-out seeds: every model draws with the same seeds."""
 
@@ -74,10 +76,7 @@ def run(
 ) -> Manifest:
     """Write examples.parquet and metrics.json.
 
-    Metrics, where they exist: `sampled_accuracy` and `greedy_accuracy` (mean reward),
-    `human_logprob_per_token`, `heldout_reward_accuracy` (how often the human response has a
-    higher implicit reward than the opponent's own sample; a tie counts one half, so that 0.5
-    means that the two cannot be told apart) and `heldout_reward_margin` (their mean difference).
+    What the metrics are is told by `summarize`.
 
     Raises:
         InputError: inputs are missing or do not belong together, or no prompt is held out.
@@ -124,6 +123,16 @@ class _Opponent:
 
 
 @dataclass(frozen=True)
+class _OpponentSample:
+    """What the opponent answered to a held-out prompt."""
+
+    token_ids: list[int]
+    finish_reason: str
+    reward: float | None
+    """As its own evaluation says; None where there is none, or no reward."""
+
+
+@dataclass(frozen=True)
 class _Work:
     config: RunConfig
     data: Artifact
@@ -144,22 +153,20 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
 
     theirs = _opponent_samples(work, opponent, examples) if opponent else {}
     pairs = [
-        PairTokens(e.prompt_token_ids, e.human_token_ids, theirs.get(e.prompt_id, []))
+        PairTokens(
+            e.prompt_token_ids,
+            e.human_token_ids,
+            theirs[e.prompt_id].token_ids if opponent else [],
+        )
         for e in examples
     ]
     player_logprobs = _logprobs(work.model, work.renderer, pairs, config)
-    for row, example, (human, _) in zip(rows, examples, player_logprobs, strict=True):
-        row |= {"human_logprob": human, "human_tokens": len(example.human_token_ids)}
+    for row, (human, _) in zip(rows, player_logprobs, strict=True):
+        row["human_logprob"] = human
     if opponent:
         opponent_logprobs = _logprobs(opponent.source, work.renderer, pairs, config)
-        beta = work.config.train.beta
-        for row, pair, player, other in zip(
-            rows, pairs, player_logprobs, opponent_logprobs, strict=True
-        ):
-            row["opponent_sample"] = work.renderer.text(pair.rejected)
-            row["human_margin"] = beta * (player[0] - other[0])
-            same = list(pair.chosen) == list(pair.rejected)  # rounding must not break the tie
-            row["opponent_margin"] = row["human_margin"] if same else beta * (player[1] - other[1])
+        for row, player, other in zip(rows, player_logprobs, opponent_logprobs, strict=True):
+            _compare(row, theirs[row["prompt_id"]], player, other, work)
     with TableWriter(space.file("examples.parquet"), EXAMPLES) as table:
         table.extend(rows)
     metrics = summarize(rows)
@@ -171,28 +178,123 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     )
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the flat metrics of some rows of EXAMPLES; see `run`."""
-    metrics: dict[str, float] = {"prompts": len(rows)}
+def _compare(
+    row: Row,
+    theirs: _OpponentSample,
+    player: tuple[float, float],
+    opponent: tuple[float, float],
+    work: _Work,
+) -> None:
+    """Add to a row what the opponent is compared by; pairs are (human, opponent's sample)."""
+    beta = work.config.train.beta
+    same = list(row["human_token_ids"]) == list(theirs.token_ids)
+    human_margin = beta * (player[0] - opponent[0])
+    row |= {
+        "opponent_human_logprob": opponent[0],
+        "opponent_sample": work.renderer.text(theirs.token_ids),
+        "opponent_sample_token_ids": theirs.token_ids,
+        "opponent_sample_finish_reason": theirs.finish_reason,
+        "opponent_sample_reward": theirs.reward,
+        "opponent_sample_logprob": opponent[1],
+        "player_opponent_sample_logprob": player[1],
+        "human_margin": human_margin,
+        # rounding must not break a tie
+        "opponent_margin": human_margin if same else beta * (player[1] - opponent[1]),
+    }
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Return the flat metrics of some rows of EXAMPLES.
+
+    Of the player, and where it was compared of the opponent, whose names begin with `opponent_`
+    instead of `sampled_`:
+    `sampled_accuracy`, `greedy_accuracy`: mean reward, where there is one.
+    `sampled_cut_off_share`, `sampled_empty_share` (nothing but white space), `sampled_mean_tokens`
+    (the end token included).
+    `sampled_repeated_share`: share of a response's 4-grams of tokens that stood earlier in it, mean
+    over responses; `human_repeated_share` of the human ones.
+    `sampled_entropy`: minus the mean log-probability of a token that the model drew, in nats. It
+    estimates the entropy of a token where samples are drawn at temperature 1 with top_p 1; drawn in
+    another way it is comparable only with what was drawn in that way.
+    `sampled_identical_share`: share of samples that equal the human response.
+    `human_logprob_per_token`, `human_mean_tokens`.
+
+    Of the player against the opponent:
+    `heldout_reward_accuracy`: how often the human response has a higher implicit reward than the
+    opponent's own sample; a tie counts one half, so that 0.5 means that the two cannot be told
+    apart. `heldout_reward_accuracy_stderr` is its standard error.
+    `heldout_reward_margin`: the mean difference of these rewards.
+    `heldout_kl`: mean of log π_opponent − log π_player over the opponent's samples, an estimate of
+    KL(opponent ‖ player) in nats a response.
+    `heldout_human_logratio`: mean of log π_player − log π_opponent over the human responses.
+    `heldout_identical_share`: share of the opponent's samples that equal the human response.
+    `heldout_length_accuracy`: how often length alone tells the two apart: the accuracy of "the
+    longer one is human" or of "the shorter one is", whichever is better, with the same rule for
+    ties. `heldout_length_explained` is (it − ½) / (`heldout_reward_accuracy` − ½), None where the
+    player does not tell them apart either.
+    """
+    metrics: dict[str, float | None] = {"prompts": len(rows)}
     for name in ("sampled", "greedy"):
-        rewards = [r[f"{name}_reward"] for r in rows if r[f"{name}_reward"] is not None]
-        if rewards:
-            metrics[f"{name}_accuracy"] = _mean(rewards)
-    metrics["sampled_cut_off_share"] = _mean([r["sampled_finish_reason"] == "length" for r in rows])
-    metrics["sampled_mean_tokens"] = _mean([len(r["sampled_token_ids"]) for r in rows])
+        metrics |= _accuracy(name, [r[f"{name}_reward"] for r in rows])
+    metrics |= _of_samples("sampled", rows, "sampled")
     metrics["sampled_identical_share"] = _mean([r["sampled"] == r["human"] for r in rows])
-    metrics["human_logprob_per_token"] = sum(r["human_logprob"] for r in rows) / sum(
-        r["human_tokens"] for r in rows
-    )
+    human_tokens = [len(r["human_token_ids"]) for r in rows]
+    metrics["human_logprob_per_token"] = sum(r["human_logprob"] for r in rows) / sum(human_tokens)
+    metrics["human_mean_tokens"] = _mean(human_tokens)
+    metrics["human_repeated_share"] = _mean([repeated_share(r["human_token_ids"]) for r in rows])
     compared = [r for r in rows if r["human_margin"] is not None]
     if compared:
-        margins = [r["human_margin"] - r["opponent_margin"] for r in compared]
-        metrics["heldout_reward_accuracy"] = _mean([(m > 0) + 0.5 * (m == 0) for m in margins])
-        metrics["heldout_reward_margin"] = _mean(margins)
-        metrics["heldout_identical_share"] = _mean(
-            [r["opponent_sample"] == r["human"] for r in compared]
-        )
+        metrics |= _accuracy("opponent", [r["opponent_sample_reward"] for r in compared])
+        metrics |= _of_samples("opponent", compared, "opponent_sample")
+        metrics |= _of_comparison(compared)
     return metrics
+
+
+def _accuracy(name: str, rewards: Sequence[float | None]) -> dict[str, float | None]:
+    known = [reward for reward in rewards if reward is not None]
+    return {f"{name}_accuracy": _mean(known)} if known else {}
+
+
+def _of_samples(name: str, rows: Sequence[Row], column: str) -> dict[str, float | None]:
+    """Return what samples are like; `column` begins the names of their columns."""
+    token_ids = [r[f"{column}_token_ids"] for r in rows]
+    num_tokens = sum(map(len, token_ids))
+    logprob = sum(r[f"{column}_logprob"] for r in rows)
+    return {
+        f"{name}_cut_off_share": _mean([r[f"{column}_finish_reason"] == "length" for r in rows]),
+        f"{name}_empty_share": _mean([not r[column].strip() for r in rows]),
+        f"{name}_mean_tokens": num_tokens / len(rows),
+        f"{name}_repeated_share": _mean([repeated_share(ids) for ids in token_ids]),
+        f"{name}_entropy": -logprob / num_tokens if num_tokens else None,
+    }
+
+
+def _of_comparison(rows: Sequence[Row]) -> dict[str, float | None]:
+    margins = [r["human_margin"] - r["opponent_margin"] for r in rows]
+    told_apart = [_told(margin) for margin in margins]
+    accuracy = _mean(told_apart)
+    longer = [_told(len(r["human_token_ids"]) - len(r["opponent_sample_token_ids"])) for r in rows]
+    by_length = max(_mean(longer), 1 - _mean(longer))
+    fall = [r["opponent_sample_logprob"] - r["player_opponent_sample_logprob"] for r in rows]
+    return {
+        "heldout_reward_accuracy": accuracy,
+        "heldout_reward_accuracy_stderr": _standard_error(told_apart),
+        "heldout_reward_margin": _mean(margins),
+        "heldout_kl": _mean(fall),
+        "heldout_human_logratio": _mean(
+            [r["human_logprob"] - r["opponent_human_logprob"] for r in rows]
+        ),
+        "heldout_identical_share": _mean([r["opponent_sample"] == r["human"] for r in rows]),
+        "heldout_length_accuracy": by_length,
+        "heldout_length_explained": (
+            (by_length - 0.5) / (accuracy - 0.5) if accuracy > 0.5 else None
+        ),
+    }
+
+
+def _told(difference: float) -> float:
+    """Return 1 for a positive difference, 0 for a negative one, one half for a tie."""
+    return (difference > 0) + 0.5 * (difference == 0)
 
 
 def _render(work: _Work) -> tuple[list[Example], int]:
@@ -279,20 +381,17 @@ def _seed(run_seed: int, prompt_id: str) -> int:
 
 def _row(example: Example, sampled: Completion, greedy: Completion | None, work: _Work) -> Row:
     text = work.renderer.text
-    return {
+    return dict.fromkeys(EXAMPLES.names) | {
         "prompt_id": example.prompt_id,
         "human": example.human,
+        "human_token_ids": example.human_token_ids,
         "sampled": text(sampled.token_ids),
         "sampled_seed": _seed(work.config.seed, example.prompt_id),
         "sampled_finish_reason": sampled.finish_reason,
         "sampled_token_ids": sampled.token_ids,
-        "sampled_reward": None,
+        "sampled_logprob": math.fsum(sampled.token_logprobs),
         "greedy": text(greedy.token_ids) if greedy else None,
         "greedy_finish_reason": greedy.finish_reason if greedy else None,
-        "greedy_reward": None,
-        "opponent_sample": None,
-        "human_margin": None,
-        "opponent_margin": None,
     }
 
 
@@ -348,14 +447,20 @@ def _refuse_unscored(without: Sequence[Row], total: int, source: RewardSource) -
 
 def _opponent_samples(
     work: _Work, opponent: _Opponent, examples: Sequence[Example]
-) -> dict[str, list[int]]:
+) -> dict[str, _OpponentSample]:
     """Return the opponent's own sample for each prompt, from its evaluation or drawn now."""
     if opponent.evaluation is None:
         sampled, _ = _answer(work, opponent.source, examples, with_greedy=False)
-        return {prompt_id: done.token_ids for prompt_id, done in sampled.items()}
-    columns = ["prompt_id", "sampled_token_ids"]
-    rows = read_rows([opponent.evaluation.file("examples.parquet")], EXAMPLES, columns=columns)
-    found = {row["prompt_id"]: row["sampled_token_ids"] for row in rows}
+        return {
+            prompt_id: _OpponentSample(done.token_ids, done.finish_reason, None)
+            for prompt_id, done in sampled.items()
+        }
+    names = ["sampled_token_ids", "sampled_finish_reason", "sampled_reward"]
+    file = opponent.evaluation.file("examples.parquet")
+    found = {
+        row["prompt_id"]: _OpponentSample(*(row[name] for name in names))
+        for row in read_rows([file], EXAMPLES, columns=["prompt_id", *names])
+    }
     missing = sum(e.prompt_id not in found for e in examples)
     if missing:
         raise InputError(
@@ -400,3 +505,12 @@ def _engine(config: RunConfig) -> Any:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean of values in 0..1; of one value, the largest possible."""
+    if len(values) < 2:
+        return 0.5
+    mean = _mean(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))

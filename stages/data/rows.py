@@ -74,17 +74,10 @@ JUDGEMENTS = _schema(
     verdict=(pa.string(), "optional"),
     text=(pa.string(), "optional"),
 )
-"""What a judge said of two answers to a prompt, `a` and `b`: indexes into the answers that were
-scored together, or -1 for the human response. `order` is `ab` or `ba`, as they were shown, and
-`verdict` is `a`, `b` or `tie` whichever way; null where the reply, `text`, holds none. Equal
-answers are a tie that nobody was asked about: `text` is null."""
-
-DROPPED = _schema(
-    prompt_id=pa.string(),
-    reason=pa.string(),
-    detail=pa.string(),
-)
-"""A prompt or row that was left out, and why."""
+"""What a judge said of two answers to a prompt, `a` and `b`: sample indexes (in evaluate 0 for the
+sampled and 1 for the greedy answer), or -1 for the human response. `order` is `ab` or `ba`, as they
+were shown, and `verdict` is `a`, `b` or `tie` whichever way; null where the reply, `text`, holds
+none. Equal answers are a tie that nobody was asked about: `text` is null."""
 
 _PAIR_COLUMNS: dict[str, pa.DataType | tuple[pa.DataType, str]] = {
     "prompt_id": pa.string(),
