@@ -612,7 +612,7 @@ def opponent(
 
 @app.command(epilog=_example("spin train … $(spin adapted runs/a --iteration 1)"))
 def adapted(run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Print the setting that follows measurement in an iteration; see `adapt` in the recipe."""
+    """Print the setting that measurements changed for an iteration."""
     set_up_messages(quiet=quiet, verbose=verbose)
     from stages.adaptation import adapted as read_adapted
     from stages.layout import RunLayout
@@ -627,7 +627,7 @@ def adapted(run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbo
 def converged(
     run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbose = False
 ) -> None:
-    """Print why a run has converged with an iteration; nothing if it has not."""
+    """Print why a run has converged, if it has."""
     set_up_messages(quiet=quiet, verbose=verbose)
     from stages.convergence import converged as read_converged
     from stages.layout import RunLayout

@@ -26,7 +26,8 @@ from tests import fake_stages
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate", "promote",
-    "run", "init", "opponent", "adapted", "converged", "status", "verify", "version", "config show", "config list",
+    "run", "init", "opponent", "adapted", "converged", "status", "verify", "push", "pull",
+    "version", "config show", "config list",
 ]  # fmt: skip
 
 

@@ -66,7 +66,9 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "greedy_accuracy": 1.0,
         "identical_share": 0.5,
         "heldout_reward_accuracy": 0.75,
+        "heldout_reward_accuracy_stderr": 0.01,
         "heldout_reward_margin": 1.5,
+        "heldout_kl": 4.0,
     }
     assert row["decision"]["promoted"] is True
     json.dumps(found, allow_nan=False)
