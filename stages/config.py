@@ -156,6 +156,16 @@ class WordSumsConfig(_Section):
     """Examples of the seed's stream to leave out; slices of one stream share no prompt."""
 
 
+class ContaminationConfig(_Section):
+    """The report of held-out prompts that stand in the training part; see docs/data.md."""
+
+    ngram: int = Field(13, ge=0)
+    """Words in a row that a held-out prompt and a training row have in common where one is in the
+    other; a prompt of fewer words is compared as a whole. 0 makes no report."""
+    warn_share: Share = _place(0.05)
+    """Warn when more than this share of the held-out prompts is contaminated."""
+
+
 class PrepareConfig(_Section):
     """Where prompts and human responses come from."""
 
@@ -181,6 +191,8 @@ class PrepareConfig(_Section):
     """Number of held-out prompts, drawn by hash from the source, or from `heldout_source`."""
     max_prompts: Count | None = None
     """Keep at most this many training prompts, drawn by hash; None keeps all."""
+    contamination: ContaminationConfig = ContaminationConfig()
+    """How held-out prompts are looked for in what is trained on."""
     word_sums: WordSumsConfig = WordSumsConfig()
 
 

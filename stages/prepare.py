@@ -30,15 +30,18 @@ from stages.artifacts import (
     Plan,
     TableWriter,
     Workspace,
+    count_rows,
     locks,
     produce,
+    read_batches,
     read_manifest,
 )
 from stages.artifacts.files import inner_path, make_folder, writing
 from stages.artifacts.keys import sha256_text
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.produce import check_outside_artifacts
-from stages.config import PrepareConfig, RunConfig
+from stages.config import ContaminationConfig, PrepareConfig, RunConfig
+from stages.data.contamination import HeldoutNgrams, prompt_texts, response_texts
 from stages.data.formats import (
     PROMPT_ID_DIGITS,
     Adapter,
@@ -49,7 +52,7 @@ from stages.data.formats import (
     PromptResponse,
     prompt_id,
 )
-from stages.data.rows import DROPPED, PROMPTS
+from stages.data.rows import CONTAMINATION, DROPPED, PROMPTS
 from stages.data.sorting import LineSorter
 from stages.data.sources import (
     FileSource,
@@ -79,6 +82,7 @@ REASONS = (
 )
 """Why a row is in no part; docs/data.md explains each."""
 
+CONTAMINATION_NAME = "contamination.parquet"
 GSM8K_ID, GSM8K_SUBSET = "openai/gsm8k", "main"
 DRAW_SALT = "spin-heldout"
 FETCHERS = 4
@@ -108,9 +112,12 @@ class PrepareInputs:
 def run(config: RunConfig, out: Path) -> Manifest:
     """Make the data artifact `out`: train-*.parquet, heldout-*.parquet and dropped.parquet.
 
+    With a held-out part also contamination.parquet, unless `prepare.contamination.ngram` is 0.
+
     Returns:
         Its manifest; `counts` has rows_in, train, heldout and dropped_REASON for every reason,
-        and rows_in is the sum of the others.
+        and rows_in is the sum of the others. `metrics` has contaminated_prompt_share and
+        contaminated_ngram_share; see `HeldoutNgrams.metrics`.
 
     Raises:
         ConfigError: the settings name no source, or contradict each other.
@@ -324,7 +331,15 @@ def _fill(
         limits = _draw(sorted_rows, section, inputs, Path(spill, "draws"))
         counts = _write(workspace, sorted_rows, limits)
     info = _provenance(inputs) | ({"marks": dict(marks)} if marks else {})
-    return Outcome(counts=counts, info=info)
+    if not counts["heldout"] or not section.contamination.ngram:
+        return Outcome(counts=counts, info=info)
+    found = _look_for_contamination(workspace, section.contamination.ngram)
+    _warn_of_contamination(found, section.contamination)
+    return Outcome(
+        counts=counts,
+        metrics=found.metrics(),
+        info=info | {"common_ngrams": found.num_common},
+    )
 
 
 def _provenance(inputs: PrepareInputs) -> dict[str, Any]:
@@ -601,3 +616,41 @@ class _Parts:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+# Contamination
+
+
+def _look_for_contamination(workspace: Workspace, ngram: int) -> HeldoutNgrams:
+    """Write contamination.parquet: each held-out prompt with what of it stands in training rows."""
+    heldout, train = (
+        sorted(workspace.path.glob(f"{part}-*.parquet")) for part in ("heldout", "train")
+    )
+    ids, texts = [], []
+    for batch in read_batches(heldout, PROMPTS, columns=["prompt_id", "messages"]):
+        ids += batch["prompt_id"].to_pylist()
+        texts.append(prompt_texts(batch["messages"]))
+    found = HeldoutNgrams(ids, texts, ngram)
+    with progress("contamination", total=count_rows(train), unit="rows") as bar:
+        for batch in read_batches(train, PROMPTS, columns=["prompt_id", "messages", "response"]):
+            found.scan(
+                batch["prompt_id"],
+                prompt_texts(batch["messages"]),
+                response_texts(batch["response"]),
+            )
+            bar.advance(batch.num_rows)
+    with TableWriter(workspace.file(CONTAMINATION_NAME), CONTAMINATION) as table:
+        table.append_batch(found.report())
+    return found
+
+
+def _warn_of_contamination(found: HeldoutNgrams, section: ContaminationConfig) -> None:
+    share = found.metrics()["contaminated_prompt_share"]
+    if share > section.warn_share:
+        log.warning(
+            "prepare: %d of %d held-out prompts (%.1f%%) stand in training rows, in part or as a "
+            "whole; a result on them may be memory: see %s in the data, and take those rows out of "
+            "the source (or raise prepare.contamination.warn_share=%g)",
+            round(share * len(found.ids)), len(found.ids), 100 * share, CONTAMINATION_NAME,
+            section.warn_share,
+        )  # fmt: skip

@@ -79,6 +79,17 @@ sampled and 1 for the greedy answer), or -1 for the human response. `order` is `
 were shown, and `verdict` is `a`, `b` or `tie` whichever way; null where the reply, `text`, holds
 none. Equal answers are a tie that nobody was asked about: `text` is null."""
 
+CONTAMINATION = _schema(
+    prompt_id=pa.string(),
+    ngrams=pa.int32(),
+    share_in_prompts=pa.float64(),
+    share_in_responses=pa.float64(),
+    example_prompt_id=(pa.string(), "optional"),
+)
+"""A held-out prompt: how many n-grams it was compared by (1 where it is short and was compared as a
+whole), the shares of them that stand in training prompts and responses, and a training row with
+some of them."""
+
 _PAIR_COLUMNS: dict[str, pa.DataType | tuple[pa.DataType, str]] = {
     "prompt_id": pa.string(),
     "pair_index": pa.int32(),

@@ -20,7 +20,7 @@ from stages.config import RunConfig
 from stages.data import sorting
 from stages.data.draw import smallest_by_hash
 from stages.data.formats import prompt_id
-from stages.data.rows import DROPPED, PROMPTS
+from stages.data.rows import CONTAMINATION, DROPPED, PROMPTS
 from stages.errors import ConfigError, InputError
 
 Row = dict[str, Any]
@@ -306,6 +306,7 @@ def test_parts_are_split_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     manifest = run(tmp_path / "data", source=source, heldout_size=5)
     rows = {file.path: file.rows for file in manifest.files}
     assert rows == {
+        "contamination.parquet": 5,
         "dropped.parquet": 0,
         "heldout-00000.parquet": 5,
         "train-00000.parquet": 10,
@@ -343,7 +344,8 @@ def test_nothing_but_tables_is_left(tmp_path: Path) -> None:
     run(tmp_path / "data", source=source)
     names = sorted(path.name for path in (tmp_path / "data").rglob("*"))
     assert names == [
-        "dropped.parquet", "heldout-00000.parquet", "manifest.json", "train-00000.parquet"
+        "contamination.parquet", "dropped.parquet", "heldout-00000.parquet", "manifest.json",
+        "train-00000.parquet",
     ]  # fmt: skip
 
 
@@ -675,3 +677,78 @@ def test_refusal_leaves_no_spilled_rows_and_a_good_run_follows(tmp_path: Path) -
     refused(tmp_path, "need 101", source=source, heldout_size=100)
     assert not list(tmp_path.rglob("*spill*"))
     assert run(tmp_path / "data", source=source).counts["train"] == 3
+
+
+# Contamination
+
+
+SENTENCE = "Please tell me in your own words why the sky is blue on a clear day"
+
+
+def test_heldout_prompts_in_training_rows_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heldout = [
+        {"prompt": f"{SENTENCE}?", "response": "x"},
+        {"prompt": "How many?", "response": "x"},
+        *examples(18),
+    ]
+    train = [
+        {"prompt": f"A quiz: {SENTENCE.upper()}", "response": "y"},
+        {"prompt": "Count.", "response": "how MANY"},
+        *examples(30)[20:],
+    ]
+    section = {
+        "source": write_jsonl(tmp_path / "a.jsonl", train),
+        "heldout_source": write_jsonl(tmp_path / "b.jsonl", heldout),
+        "heldout_size": 20,
+    }
+    manifest = run(tmp_path / "data", **section)
+    report = list(read_rows([tmp_path / "data" / "contamination.parquet"], CONTAMINATION))
+    train_ids = {row["response"]: row["prompt_id"] for row in rows_of(tmp_path / "data", "train")}
+    heldout_rows = rows_of(tmp_path / "data", "heldout")
+    assert [row["prompt_id"] for row in report] == [row["prompt_id"] for row in heldout_rows]
+    texts = {row["prompt_id"]: row["messages"][0]["content"] for row in heldout_rows}
+    dirty = {texts[row["prompt_id"]]: row for row in report if row["example_prompt_id"]}
+    assert set(dirty) == {f"{SENTENCE}?", "How many?"}
+    assert dirty[f"{SENTENCE}?"]["share_in_prompts"] == 1
+    assert dirty[f"{SENTENCE}?"]["example_prompt_id"] == train_ids["y"]
+    assert dirty["How many?"]["share_in_responses"] == 1
+    assert dirty["How many?"]["example_prompt_id"] == train_ids["how MANY"]
+    ngrams = sum(row["ngrams"] for row in report)
+    assert manifest.metrics == {
+        "contaminated_prompt_share": 0.1,
+        "contaminated_ngram_share": (dirty[f"{SENTENCE}?"]["ngrams"] + 1) / ngrams,
+    }
+    assert "2 of 20 held-out prompts (10.0%) stand in training rows" in caplog.text
+    caplog.clear()
+    quiet = run(tmp_path / "quiet", **section, contamination={"warn_share": 0.1})
+    assert quiet.key == manifest.key
+    assert "held-out prompts (" not in caplog.text
+
+
+def test_contamination_can_be_turned_off_and_needs_a_heldout_part(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "rows.jsonl", examples(30))
+    reported = run(tmp_path / "on", source=source)
+    assert reported.metrics == {"contaminated_prompt_share": 0, "contaminated_ngram_share": 0}
+    off = run(tmp_path / "off", source=source, contamination={"ngram": 0})
+    none = run(tmp_path / "none", source=source, heldout_size=0)
+    for name, manifest in (("off", off), ("none", none)):
+        assert not manifest.metrics
+        assert not (tmp_path / name / "contamination.parquet").exists()
+    other = run(tmp_path / "other", source=source, contamination={"ngram": 5})
+    assert len({reported.key, off.key, other.key}) == 3
+
+
+def test_the_length_of_ngrams_decides_what_is_found(tmp_path: Path) -> None:
+    heldout = write_jsonl(tmp_path / "h.jsonl", [{"prompt": SENTENCE, "response": "x"}])
+    words = SENTENCE.split()
+    train = write_jsonl(tmp_path / "t.jsonl", [{"prompt": " ".join(words[:8]), "response": "y"}])
+    for ngram, share in ((8, 1), (9, 0)):
+        made = run(
+            tmp_path / str(ngram),
+            source=train,
+            heldout_source=heldout,
+            contamination={"ngram": ngram},
+        )
+        assert made.metrics["contaminated_prompt_share"] == share
