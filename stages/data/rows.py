@@ -79,6 +79,13 @@ sampled and 1 for the greedy answer), or -1 for the human response. `order` is `
 were shown, and `verdict` is `a`, `b` or `tie` whichever way; null where the reply, `text`, holds
 none. Equal answers are a tie that nobody was asked about: `text` is null."""
 
+DROPPED = _schema(
+    prompt_id=pa.string(),
+    reason=pa.string(),
+    detail=pa.string(),
+)
+"""A prompt or row that was left out, and why."""
+
 CONTAMINATION = _schema(
     prompt_id=pa.string(),
     ngrams=pa.int32(),
