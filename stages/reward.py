@@ -207,7 +207,9 @@ class _Shards:
                     "reward.on_error=quarantine to leave such samples out"
                 )
             self._scores.append({"prompt_id": prompt_id, "sample_index": index, **_columns(score)})
-        self._judgements += [{"prompt_id": prompt_id, **row} for row in scored.judgements]
+        for row in scored.judgements:
+            both = {n: asked.sample_indexes[row[n]] if row[n] >= 0 else -1 for n in ("a", "b")}
+            self._judgements.append({"prompt_id": prompt_id, **row, **both})
 
     def _commit(self, name: str, shard: Sequence[_Asked]) -> None:
         if self._config.name == "judge":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts import InputRef
-from stages.artifacts.keys import sha256_bytes
+from stages.artifacts.keys import sha256_bytes, sha256_text
 from stages.config import RewardConfig
 from stages.errors import ConfigError, InputError
 from stages.model.source import ModelSource, resolve_model
@@ -23,6 +23,7 @@ from stages.rewards.base import (
 )
 from stages.rewards.exact import exact_reward
 from stages.rewards.gsm8k import gsm8k_reward
+from stages.rewards.judge import open_judge, template_of
 from stages.rewards.limited import open_math, open_python, open_regex
 
 __all__ = [
@@ -76,6 +77,9 @@ def find_reward(
         program = _read_program(config.python.file)
         identity["python"] |= {"sha256": sha256_bytes(program)}
         return RewardSource(config, identity, program=program)
+    if config.name == "judge":
+        identity["judge"] |= {"template": sha256_text(template_of(config.judge))}
+        return RewardSource(config, identity)
     if config.name == "model":
         assert config.model.path is not None, "checked with the recipe"
         model = resolve_model(config.model.path, config.model.revision, root, verify)
@@ -111,6 +115,8 @@ def _make(source: RewardSource) -> Reward:
             return open_regex(config)
         case "python":
             return open_python(config, source.program)
+        case "judge":
+            return open_judge(config.judge)
     raise ConfigError(f"reward.name={config.name} scores nothing; choose another")
 
 
