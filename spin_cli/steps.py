@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from stages.promote import PromoteInputs
 
 MAX_FIGURES = 8
+FIGURES = {
+    "generate": ("rows", "mean_response_tokens", "cut_off_share", "empty", "parity_mean"),
+    "reward": ("rows", "mean_reward"),
+    "pair": ("pairs", "pairs_own", "identical_share", "length_accuracy"),
+    "train": ("pairs", "steps", "first_loss", "last_loss", "last_accuracy", "last_margin"),
+    "evaluate": (
+        "sampled_accuracy", "greedy_accuracy", "heldout_reward_accuracy", "heldout_kl",
+        "sampled_mean_tokens", "sampled_cut_off_share", "human_logprob_per_token", "prompts",
+    ),
+}  # fmt: skip
+"""What is told first of each stage, where it has more figures than fit a line."""
 log = logging.getLogger("spin")
 
 
@@ -48,7 +59,8 @@ class Step:
         """Return what the step is called in messages."""
         if self.iteration is None:
             return self.stage
-        return f"iteration {self.iteration} {self.stage}"
+        title = f"iteration {self.iteration} {self.stage}"
+        return f"{title} ({self.out.name})" if self.out.name.startswith("pool-") else title
 
 
 def command(step: Step, settings: Sequence[str]) -> str:
@@ -83,7 +95,7 @@ def execute(step: Step, config: RunConfig, open_engine: "OpenEngine | None" = No
     manifest = _call(step, config, open_engine)
     if not was_there:
         seconds = time.monotonic() - start
-        log.info("%s: %.1f s%s", step.title(), seconds, _figures(manifest))
+        log.info("%s: %.1f s%s", step.title(), seconds, _figures(step.stage, manifest))
     return manifest
 
 
@@ -234,11 +246,13 @@ def _use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _figures(manifest: Manifest) -> str:
-    """Return a manifest's key figures: its metrics, then its counts, as many as fit a line."""
+def _figures(stage: str, manifest: Manifest) -> str:
+    """Return a stage's key figures, then its other metrics and counts, as many as fit a line."""
     happened = [(n, v) for n, v in manifest.counts.items() if v or not n.startswith("dropped_")]
     figures = {**manifest.metrics, **dict(happened)}
-    shown = [f"{name} {_figure(value)}" for name, value in figures.items() if value is not None]
+    first = [name for name in FIGURES.get(stage, ()) if name in figures]
+    ordered = {name: figures[name] for name in [*first, *figures]}
+    shown = [f"{name} {_figure(value)}" for name, value in ordered.items() if value is not None]
     return "".join(f", {text}" for text in shown[:MAX_FIGURES])
 
 
