@@ -22,7 +22,7 @@ def converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
     """
     config = recipe.for_iteration(iteration)
     decision = read_decision(layout.stage(iteration, "promote"))
-    if any(alarm["action"] == "refuse" for alarm in decision.alarms):
+    if any(alarm["action"] != "note" for alarm in decision.alarms):
         return None
     evaluation = open_artifact(layout.stage(iteration, "evaluate"), stages=("evaluate",))
     metrics = read_object(evaluation, METRICS)
