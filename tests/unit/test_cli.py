@@ -250,6 +250,11 @@ class TestUsersMistakes:
             (["prepare", "--out", "d", "seed=x"], 2, "seed='x'"),
             (["prepare", "--out", "d", "x"], 2, "not of the form section.key=value"),
             (["generate", "--data", "d", "--out", "o"], 2, "no model: give --model"),
+            (
+                ["generate", "--model", "m", "--data", "d", "--out", "o", "--part", "2"],
+                2,
+                "--part 2 is not K/M, such as 0/2",
+            ),
         ],
     )
     def test_in_one_line(self, words: list[str], code: int, message: str) -> None:
@@ -323,6 +328,17 @@ class TestStageCommands:
         monkeypatch.setattr("spin_cli.steps._figures", lambda manifest: "")
         spin("generate", "--data", "d", "--out", "g", "model.path=a/b", "model.revision=r")
         assert (seen[0].model, seen[0].revision, seen[0].iteration) == ("a/b", "r", 0)
+
+    def test_a_part_is_two_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr(
+            "stages.generate.run", lambda config, inputs, out, open_engine: seen.append(inputs)
+        )
+        monkeypatch.setattr("spin_cli.steps._figures", lambda *_: "")
+        words = ["generate", "--model", "m", "--data", "d", "--out", "g"]
+        spin(*words)
+        spin(*words, "--part", "1/2")
+        assert [inputs.part for inputs in seen] == [None, (1, 2)]
 
     def test_iterations_choose_their_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
