@@ -762,6 +762,71 @@ class PromoteConfig(_Section):
     """After a refusal: stop the run, play on from the champion, or from the player anyway."""
 
 
+class AlarmConfig(_Section):
+    """When one alarm fires, and what then happens."""
+
+    threshold: float | None
+    """It fires from this value on; None turns it off."""
+    action: Literal["note", "refuse", "stop"]
+    """note: say so, on the screen and in the decision; refuse: the player is not promoted either;
+    stop: the stage itself ends with exit code 5, and leaves no artifact."""
+
+
+class AlarmsConfig(_Section):
+    """Signs of a collapse that loss and reward accuracy do not show; see docs/alarms.md.
+
+    They change no number that a stage writes, so they are in no key but promote's.
+    """
+
+    generated_cut_off: AlarmConfig = AlarmConfig(threshold=0.5, action="note")
+    """generate: share of the opponent's answers that were cut off."""
+    generated_empty: AlarmConfig = AlarmConfig(threshold=0.05, action="note")
+    """generate: share of the opponent's answers with nothing but white space."""
+    identical_share: AlarmConfig = AlarmConfig(threshold=0.98, action="note")
+    """pair: share of the pairs whose sides are equal."""
+    chosen_fall: AlarmConfig = AlarmConfig(threshold=0.05, action="note")
+    """train: nats a token that the chosen responses lost against the reference, mean over a tenth
+    of the steps."""
+    accuracy_saturated: AlarmConfig = AlarmConfig(threshold=0.995, action="note")
+    """train: reward accuracy, mean over a tenth of the steps."""
+    gradient_norm: AlarmConfig = AlarmConfig(threshold=10.0, action="note")
+    """train: a step's gradient norm over the median of those before."""
+    human_fall: AlarmConfig = AlarmConfig(threshold=0.1, action="refuse")
+    """evaluate: nats a token that held-out human responses lost against the opponent."""
+    accuracy_drop: AlarmConfig = AlarmConfig(threshold=3.0, action="refuse")
+    """evaluate: fall of the sampled answers' mean reward below the opponent's, in standard
+    errors."""
+    divergence: AlarmConfig = AlarmConfig(threshold=0.25, action="note")
+    """evaluate: nats a token that the player is from its opponent, on the opponent's answers."""
+    heldout_saturated: AlarmConfig = AlarmConfig(threshold=0.99, action="note")
+    """evaluate: held-out reward accuracy."""
+    length_drift: AlarmConfig = AlarmConfig(threshold=1.5, action="refuse")
+    """evaluate: how many times farther from the human mean length the player's is than the
+    opponent's."""
+    entropy_drop: AlarmConfig = AlarmConfig(threshold=0.9, action="note")
+    """evaluate: share of the opponent's entropy a token that is gone."""
+    repeated_rise: AlarmConfig = AlarmConfig(threshold=0.2, action="refuse")
+    """evaluate: rise of the share of repeated 4-grams over the opponent's and the human ones'."""
+    cut_off_rise: AlarmConfig = AlarmConfig(threshold=0.2, action="refuse")
+    """evaluate: rise of the share of answers cut off over the opponent's."""
+    empty_rise: AlarmConfig = AlarmConfig(threshold=0.05, action="refuse")
+    """evaluate: rise of the share of empty answers over the opponent's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Let a recipe change threshold or action alone."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            name: fields[name].default.model_dump() | value
+            if name in fields and isinstance(value, dict)
+            else value
+            for name, value in values.items()
+        }
+
+
 class AdaptConfig(_Section):
     """A setting that follows a measurement from one iteration to the next."""
 
@@ -816,6 +881,7 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     adapt: AdaptConfig = AdaptConfig()
     stop: StopConfig = StopConfig()
 

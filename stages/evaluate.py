@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import engines
+from stages.alarms import sound
 from stages.artifacts import (
     Artifact,
     InputRef,
@@ -170,6 +171,7 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     with TableWriter(space.file("examples.parquet"), EXAMPLES) as table:
         table.extend(rows)
     metrics = summarize(rows)
+    sound("evaluate", metrics, work.config.alarms)
     space.file("metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     return Outcome(
         counts={"prompts": len(rows), "dropped_refused": refused, **unscored},
@@ -224,6 +226,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
     opponent's own sample; a tie counts one half, so that 0.5 means that the two cannot be told
     apart. `heldout_reward_accuracy_stderr` is its standard error.
     `heldout_reward_margin`: the mean difference of these rewards.
+    `sampled_gain`, `sampled_gain_stderr`: by how much the player's samples have a higher reward
+    than the opponent's to the same prompts, and its standard error.
     `heldout_kl`: mean of log π_opponent − log π_player over the opponent's samples, an estimate of
     KL(opponent ‖ player) in nats a response.
     `heldout_human_logratio`: mean of log π_player − log π_opponent over the human responses.
@@ -245,6 +249,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
     compared = [r for r in rows if r["human_margin"] is not None]
     if compared:
         metrics |= _accuracy("opponent", [r["opponent_sample_reward"] for r in compared])
+        metrics |= _gain(compared)
         metrics |= _of_samples("opponent", compared, "opponent_sample")
         metrics |= _of_comparison(compared)
     return metrics
@@ -253,6 +258,14 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
 def _accuracy(name: str, rewards: Sequence[float | None]) -> dict[str, float | None]:
     known = [reward for reward in rewards if reward is not None]
     return {f"{name}_accuracy": _mean(known)} if known else {}
+
+
+def _gain(rows: Sequence[Row]) -> dict[str, float | None]:
+    both = [(r["sampled_reward"], r["opponent_sample_reward"]) for r in rows]
+    gains = [own - other for own, other in both if own is not None and other is not None]
+    if len(gains) < 2:
+        return {}
+    return {"sampled_gain": _mean(gains), "sampled_gain_stderr": _standard_error(gains)}
 
 
 def _of_samples(name: str, rows: Sequence[Row], column: str) -> dict[str, float | None]:
@@ -508,7 +521,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean of values in 0..1; of one value, the largest possible."""
+    """Return the standard error of a mean; of one value in 0..1, the largest possible."""
     if len(values) < 2:
         return 0.5
     mean = _mean(values)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages import engines
+from stages.alarms import sound
 from stages.answers import Asked, answer_all
 from stages.artifacts import (
     Artifact,
@@ -232,6 +233,7 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
     counts, metrics, info, tokens = _summary(shards)
     assert counts["rows"] == asked.num_rows, f"{counts['rows']} of {asked.num_rows} rows"
     parity = _check_parity(shards, work)
+    sound("generate", metrics, work.config.alarms)
     return Outcome(
         counts={
             "prompts": asked.num_prompts,
@@ -497,6 +499,7 @@ def _summary(
         {
             "mean_response_tokens": response_tokens / rows if rows else None,
             "cut_off_share": finish["length"] / rows if rows else None,
+            "empty_share": empty / rows if rows else None,
             "mean_token_logprob": float(logprob) / response_tokens if rows else None,
         },
         {"response_tokens_quantiles": _quantiles(lengths)},

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stages.alarms import sound
 from stages.artifacts import (
     Artifact,
     InputRef,
@@ -163,7 +164,9 @@ def _fill(space: Workspace, config: RunConfig, model: ModelSource, job: _Job) ->
     text = json.dumps({**report.to_json(), "data": about_data}, indent=1, sort_keys=True)
     space.file(REPORT_NAME).write_text(text + "\n")
     counts = report.counts(job.config.replay.iterations)
-    return Outcome(counts=counts, metrics=report.metrics())
+    metrics = report.metrics()
+    sound("pair", metrics, config.alarms)
+    return Outcome(counts=counts, metrics=metrics)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """promote: a gate decides whether the player becomes champion, and the pointer follows."""
 
 import datetime
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.alarms import FiredAlarm, fired
 from stages.artifacts import (
     Artifact,
     InputRef,
@@ -21,13 +23,18 @@ from stages.artifacts import (
 )
 from stages.artifacts.files import inner_path
 from stages.artifacts.json_file import read_object, write_object
+from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, PointerEntry, move_pointer, read_pointer, roll_back
 from stages.config import PromoteConfig, RunConfig
 from stages.decisions import DECISION, METRICS, Decision, read_decision
 from stages.errors import ConfigError, InputError
 from stages.layout import RunLayout
 
+log = logging.getLogger("spin")
+
 FORMAT_VERSION = 1
+_MADE_FROM = {"train": "pairs", "score": "pairs", "pair": "generations"}
+"""Stage → how the names of those inputs begin that lead back to where its rows were made."""
 _ROUNDING = 1e-9  # 0.3 - 0.2 < 0.1 in binary, and a gate means decimal numbers
 
 
@@ -48,9 +55,13 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
     A kill between the two leaves a decision without its move; running again completes it. A
     decision moves the pointer once, so running again does not undo a later roll-back.
 
+    The alarms are those of the evaluation, and of what it is of: train, pair and generate are found
+    by their manifests' inputs, which the evaluation's key vouches for.
+
     Raises:
         ConfigError: the gate's metric is not among evaluate's, or `out` is in no run.
-        InputError: the evaluation is not one of a model in this run.
+        InputError: the evaluation is not one of a model in this run, or something on the way to
+            it was made anew since.
     """
     root = run_root(out)
     if root is None:
@@ -73,16 +84,25 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
         stage="promote",
         format_version=FORMAT_VERSION,
         # on_refusal steers the run, not the decision: changing it later keeps what was decided
-        config={"promote": gate.model_dump(mode="json", exclude={"on_refusal"})},
+        config={
+            "promote": gate.model_dump(mode="json", exclude={"on_refusal"}),
+            "alarms": config.alarms.identity(),
+        },
         inputs=refs,
     )
 
     def fill(workspace: Workspace) -> Outcome:
+        manifests = [evaluation.manifest, *_way_to(player, root)]
         decision = decide(
             gate,
             read_object(evaluation, METRICS),
             read_object(champion, METRICS) if champion is not None else None,
             str(inputs.evaluation),
+            [
+                alarm
+                for each in manifests
+                for alarm in fired(each.stage, each.metrics, config.alarms)
+            ],
         )
         write_object(workspace.file(DECISION), asdict(decision))
         return Outcome(
@@ -99,12 +119,15 @@ def decide(
     metrics: Mapping[str, Any],
     champion_metrics: Mapping[str, Any] | None,
     where: str,
+    alarms: Sequence[FiredAlarm] = (),
 ) -> Decision:
-    """Return what a gate says to a player's metrics.
+    """Return what a gate says to a player's metrics, and to the alarms that fired.
 
     Args:
         champion_metrics: None, or no value under the gate's metric, leaves `min_gain` out.
         where: the evaluation, to be named in errors.
+        alarms: one whose action is refuse refuses, whatever the metric says; stop, too: the stage
+            was finished under another setting.
 
     Raises:
         ConfigError: the player has no such metric, or it is no number.
@@ -123,6 +146,7 @@ def decide(
             good = gain >= gate.min_gain - _ROUNDING
             what = f"the gain of {gain:g} on the champion's {champion_value:g}"
             verdicts.append((good, f"{what} {_reaches(good)} min_gain {gate.min_gain:g}"))
+    verdicts += [(False, alarm.text) for alarm in alarms if alarm.refuses]
     return Decision(
         promoted=all(good for good, _ in verdicts),
         metric=gate.metric,
@@ -131,6 +155,7 @@ def decide(
         min_value=gate.min_value,
         min_gain=gate.min_gain,
         reasons=[text for _, text in verdicts],
+        alarms=[asdict(alarm) for alarm in alarms],
     )
 
 
@@ -162,6 +187,32 @@ def _player(evaluation: Artifact, root: Path) -> InputRef:
             f"anew since; delete {evaluation.path} and evaluate again"
         )
     return player
+
+
+def _way_to(player: InputRef, root: Path) -> Iterator[Manifest]:
+    """Yield the manifests of a player's train, score, pair and generate, as far as they are there.
+
+    Raises:
+        InputError: one of them was made anew since.
+    """
+    ahead = [player]
+    while ahead:
+        ref = ahead.pop(0)
+        place = inner_path(root, ref.path)
+        if not (place / MANIFEST_NAME).is_file():
+            log.warning("%s is gone: what alarms it set off is not known", place)
+            continue
+        manifest = read_manifest(place)
+        if (manifest.key, manifest.content()) != (ref.key, ref.content):
+            raise InputError(
+                f"{place} was made anew since the player was trained from it; delete what was made "
+                "from it, and run those stages again"
+            )
+        yield manifest
+        wanted = _MADE_FROM.get(manifest.stage)
+        for name, source in manifest.inputs.items():
+            if wanted and name.startswith(wanted) and source.inside_run:
+                ahead.append(source)
 
 
 def _move(layout: RunLayout, decision: Decision, player: InputRef, decision_key: str) -> None:

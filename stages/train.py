@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.alarms import TrainingWatch
 from stages.artifacts import (
     Artifact,
     Manifest,
@@ -17,7 +18,7 @@ from stages.artifacts import (
     run_root,
 )
 from stages.artifacts.tables import Row
-from stages.config import ChatConfig, RunConfig, TrainConfig
+from stages.config import AlarmsConfig, ChatConfig, RunConfig, TrainConfig
 from stages.data.chat import chat_fingerprints, make_renderer
 from stages.data.rows import SCORED_PAIRS, TRAIN_METRICS
 from stages.data.store import build_store, open_store
@@ -165,6 +166,7 @@ class _Job:
     """What the adapter is recorded to change, where it is written alone; None: a whole model."""
     optimizer_dir: Path | None
     """The optimizer state to go on with; None: anew."""
+    alarms: AlarmsConfig
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def _fill(space: Workspace, config: RunConfig, found: _Found, plan: Plan) -> Out
         reference.key == found.model.ref.key,
         found.base,
         _verified_state(found),
+        config.alarms,
     )
     report = together(_work, job, config.train)
     scratch.unlink()
@@ -256,7 +259,13 @@ def _work(job: _Job) -> _Report:
     carried = open_carried(job.optimizer_dir) if job.optimizer_dir else None
     player.check_exact()
     first_loss = _check_start(player, job, group)
-    last = _train(job, group, player, carried)
+    watch = TrainingWatch(
+        player.total_steps,
+        store.chosen_tokens / len(store),
+        job.alarms,
+        aloud=group.rank == 0,
+    )
+    last = _train(job, group, player, carried, watch)
     player.save(job.space.path, renderer, job.model_dir, job.base)
     return _Report(
         player.total_steps,
@@ -298,16 +307,32 @@ def _check_start(player: "Learner", job: _Job, group: Group) -> float:
 
 
 def _train(
-    job: _Job, group: Group, player: "Learner", carried: "Carried | None"
+    job: _Job, group: Group, player: "Learner", carried: "Carried | None", watch: TrainingWatch
 ) -> dict[str, float]:
-    """Take all steps, rank 0 writing down each; return means over the last tenth."""
+    """Take all steps, rank 0 writing down each; return means over the last tenth, and the worst.
+
+    Raises:
+        DivergedError: an alarm fired that is set to stop.
+    """
     folder, total = job.space.path, player.total_steps
     keep_state = folder / OPTIMIZER_FOLDER if job.config.carry_optimizer else None
     with open_journal(
         group.rank, folder, "train", TRAIN_METRICS, total, _metrics_row, _remark
     ) as journal:
-        player.train(journal.add, job.space.shards, carried, keep_state)
+
+        def tell(step: "Step") -> None:
+            journal.add(step)
+            watch.add(
+                step.step,
+                accuracy=step.metrics["accuracy"],
+                chosen_logratio=step.metrics["chosen_logratio"],
+                grad_norm=step.grad_norm,
+                is_new=step.is_new,
+            )
+
+        player.train(tell, job.space.shards, carried, keep_state)
     return {
+        **watch.metrics(),
         "last_loss": journal.tail_mean(lambda step: step.loss),
         "last_accuracy": journal.tail_mean(lambda step: step.metrics["accuracy"]),
         "last_margin": journal.tail_mean(lambda step: step.metrics["margin"]),

@@ -25,6 +25,8 @@ class RowStore:
     """Tokens of each row."""
     longest: int
     """Tokens of the longest prompt with one response."""
+    chosen_tokens: int
+    """Tokens of all chosen responses."""
     _batches: list[pa.RecordBatch]
     _starts: npt.NDArray[np.int64]
     _map: Any = field(repr=False)
@@ -80,7 +82,9 @@ def open_store(scratch: Path) -> RowStore:
     lengths = [_list_lengths(batch) for batch in batches]
     lengths_NC = np.concatenate(lengths) if lengths else np.zeros((0, 3), np.int32)
     longest = int((lengths_NC[:, 0] + lengths_NC[:, 1:].max(axis=1)).max(initial=0))
-    return RowStore(lengths_NC.sum(axis=1, dtype=np.int32), longest, batches, starts, mapped)
+    chosen = int(lengths_NC[:, 1].sum(dtype=np.int64))
+    lengths_N = lengths_NC.sum(axis=1, dtype=np.int32)
+    return RowStore(lengths_N, longest, chosen, batches, starts, mapped)
 
 
 @functools.lru_cache(maxsize=2)

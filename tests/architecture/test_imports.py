@@ -17,7 +17,7 @@ STAGES = {
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
     "layout", "decisions", "progress", "journal", "answers", "data", "objective", "model",
-    "engines", "rewards", "remote",
+    "engines", "rewards", "remote", "alarms",
 }  # fmt: skip
 OF_A_RUN = {"layout", "run_record", "decisions", "recipe"}
 # Room → the rooms it may import from. A room is a module or package right below stages/.
@@ -27,6 +27,7 @@ ALLOWED = {
     "recipe": {"config", "errors"},
     "artifacts": {"errors"},
     "layout": {"artifacts", "errors"},
+    "alarms": {"config", "errors"},
     "objective": {"errors"},
     "progress": {"errors"},
     "remote": {"artifacts", "errors"},
