@@ -13,7 +13,7 @@ any of them, and are left out. Paraphrases and translations are not found.
 
 Words and n-grams are compared by 64-bit hashes, all of a batch at once: among 50,000 n-grams and
 250 million words two collide with a chance of 1 in 1.5 million. One pass over the training rows;
-memory is that of the held-out n-grams, some 40 bytes each.
+memory is that of the held-out n-grams, some 100 bytes each.
 """
 
 import unicodedata
@@ -195,7 +195,7 @@ class _Filter:
     """Tells hashes that may be in a table from those that are not, in one look-up each."""
 
     def __init__(self, table: np.ndarray) -> None:
-        bits = min(max(int(64 * len(table)).bit_length(), 10), 26)
+        bits = min(max((16 * len(table)).bit_length(), 10), 26)
         self._shift = np.uint64(64 - bits)
         self._may = np.zeros(2**bits, bool)
         self._may[table >> self._shift] = True

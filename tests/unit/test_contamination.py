@@ -114,7 +114,7 @@ conversation = st.lists(text, min_size=1, max_size=3)
 example = st.builds(Example, conversation, text)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(conversation, max_size=7), st.lists(example, max_size=7), st.integers(1, 6))
 def test_hashes_say_what_sets_say(heldout: list[Conversation], rows: list[Example], n: int) -> None:
     named = {f"h{k}": texts for k, texts in enumerate(heldout)}
