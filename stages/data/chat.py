@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -96,15 +96,22 @@ class TextCoder:
         ]
 
 
+class _Look(NamedTuple):
+    """What decides how many special tokens a template writes around messages."""
+
+    shape: Shape
+    ask: bool
+
+
 @dataclass(frozen=True)
 class _Asked:
     """A part of the conversations, on its way through the template."""
 
     rows: list[list[Message] | RowRefusedError]
     """Completed by the recipe's system prompt and suffix."""
-    shapes: list[Shape]
+    shapes: list[_Look]
     """Of the rows that are not refused."""
-    new_shapes: list[Shape]
+    new_shapes: list[_Look]
     """Those whose neutral twin is rendered with them."""
     neutral: list[list[Message]]
 
@@ -143,7 +150,7 @@ class Renderer:
     """By token id."""
     _coder: TextCoder
     _page: Template
-    _neutral: dict[Shape, int | None] = field(default_factory=dict)
+    _neutral: dict[_Look, int | None] = field(default_factory=dict)
     """Number of special tokens that the template writes around messages of this shape."""
 
     @property
@@ -162,7 +169,11 @@ class Renderer:
         return _or_raise(self.prompts_tokens([messages])[0])
 
     def prompts_tokens(
-        self, conversations: Sequence[Conversation], most_tokens: int | None = None
+        self,
+        conversations: Sequence[Conversation],
+        most_tokens: int | None = None,
+        *,
+        ask: bool = True,
     ) -> list[list[int] | RowRefusedError]:
         """Return the token ids of many conversations, or why one is refused; see `prompt_tokens`.
 
@@ -170,19 +181,20 @@ class Renderer:
 
         Args:
             most_tokens: refuse texts that are sure to have more, before all of them is tokenized.
+            ask: end with what opens the assistant's answer; false for conversations that hold it.
 
         Raises:
             ConfigError: the template goes past its limits on too many of them.
         """
         waiting: deque[_Asked] = deque()
 
-        def ask() -> Iterator[list[Conversation]]:
+        def asked() -> Iterator[list[Conversation]]:
             for part in _parts(conversations):
-                waiting.append(self._ask(part))
+                waiting.append(self._ask(part, ask))
                 yield waiting[-1].conversations()
 
         found: list[list[int] | RowRefusedError] = []
-        with closing(self._page.render_parts(ask())) as parts:
+        with closing(self._page.render_parts(asked(), ask=ask)) as parts:
             for texts in parts:
                 found += self._tokens(waiting.popleft(), texts, most_tokens)
         return found
@@ -233,17 +245,17 @@ class Renderer:
         kept = [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in token_ids]
         return [text.removeprefix(self.response_lead) for text in self._coder.decode(kept)]
 
-    def _ask(self, part: Sequence[Conversation]) -> _Asked:
+    def _ask(self, part: Sequence[Conversation], ask: bool) -> _Asked:
         rows = _each(part, self._checked)
         shapes = [
-            _shape(messages)
+            _Look(_shape(messages), ask)
             for messages, row in zip(part, rows, strict=True)
             if not isinstance(row, RowRefusedError)
         ]
         new_shapes = [shape for shape in dict.fromkeys(shapes) if shape not in self._neutral]
         neutral = [
-            self._complete([{"role": role, "content": _NEUTRAL * says} for role, says in shape])
-            for shape in new_shapes
+            self._complete([{"role": r, "content": _NEUTRAL * says} for r, says in look.shape])
+            for look in new_shapes
         ]
         return _Asked(rows, shapes, new_shapes, neutral)
 
@@ -266,7 +278,7 @@ class Renderer:
         return [row if isinstance(row, RowRefusedError) else next(good) for row in asked.rows]
 
     def _finished(
-        self, tokens: list[int] | RowRefusedError, shape: Shape, count: int
+        self, tokens: list[int] | RowRefusedError, shape: _Look, count: int
     ) -> list[int] | RowRefusedError:
         """Return a prompt with its one BOS, unless text of a user became a special token."""
         if isinstance(tokens, RowRefusedError):

@@ -64,6 +64,13 @@ VLLM = Kind(
     when_not_started="correct the engine's settings, of which extra.kv_cache_memory_bytes is the "
     "one for memory on a CPU",
 )
+VLLM_SCORES = Kind(
+    "vllm-scores",
+    when_killed="lower reward.model.engine.max_num_seqs or "
+    "reward.model.engine.extra.kv_cache_memory_bytes",
+    when_not_imported=VLLM.when_not_imported,
+    when_not_started=VLLM.when_not_started,
+)
 TRANSFORMERS = Kind(
     "transformers",
     when_killed="lower generate.engine.batch_size or generate.engine.processes",

@@ -81,6 +81,10 @@ def _make_backend(kind: str) -> Backend:
         from stages.engines.vllm import VllmBackend
 
         return VllmBackend()
+    if kind == "vllm-scores":
+        from stages.engines.vllm import VllmScoresBackend
+
+        return VllmScoresBackend()
     if kind == "ray":
         from stages.engines.ray import RayBackend
 

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,10 @@ from stages.config import (
     EngineConfig,
     has_temperature,
 )
-from stages.engines.base import Sampling
+from stages.engines.base import Request, Sampling
 from stages.engines.fleet import Fleet
 from stages.engines.places import divide_cores, divide_gpus
-from stages.engines.process import VLLM
+from stages.engines.process import VLLM, VLLM_SCORES
 from stages.errors import ConfigError, EngineError, InputError
 
 CPU_KV_CACHE_BYTES = 1 << 30  # vLLM would take 90% of the machine's memory
@@ -90,6 +91,37 @@ class VllmEngine(Fleet):
     def wake(self, model_dir: Path, *, max_model_len: int, reload: bool) -> None:
         """See `KeptEngine.wake`. The limit stays what it was."""
         super().wake(model_dir, max_model_len=self._max_model_len, reload=reload)
+
+
+class VllmScorer(Fleet):
+    """Scores of conversations by a sequence classifier with one label, in vLLM's processes."""
+
+    def __init__(self, model_dir: Path, config: EngineConfig, *, max_model_len: int) -> None:
+        """Start the processes; see `VllmEngine` for what can go wrong."""
+        arguments = engine_arguments(model_dir, config, max_model_len) | {"runner": "pooling"}
+        on_cpu = is_cpu_build()
+        super().__init__(
+            VLLM_SCORES,
+            {"arguments": arguments, "extra": dict(config.extra)},
+            divide_cores(config.processes)
+            if on_cpu
+            else divide_gpus("vllm", config.processes, config.tensor_parallel_size),
+            child_environment(on_cpu, bool(arguments["enforce_eager"])),
+            model_dir=model_dir,
+            max_model_len=max_model_len,
+        )
+
+    def scores(self, rows: Iterable[list[int]]) -> Iterator[tuple[int, float]]:
+        """Yield the number of a row and its logit, in any order; NaN where there is none.
+
+        Raises:
+            EngineError: the last process died.
+        """
+        requests = (Request(str(number), row, 0) for number, row in enumerate(rows))
+        # A score travels as the log-probability of the one token of an answer.
+        for done in self.generate(requests, Sampling(0, 1, 0, 0, ())):
+            [is_finite], [score] = done.token_ids, done.token_logprobs
+            yield int(done.request_id), score if is_finite else math.nan
 
 
 def engine_arguments(
@@ -354,6 +386,31 @@ class VllmBackend:
         if self._engine.vllm_config.parallel_config.world_size > 1:
             with contextlib.suppress(Exception):
                 self._engine.engine_core.shutdown()  # its workers are processes
+
+
+class VllmScoresBackend(VllmBackend):
+    """Scores instead of answers; see `VllmScorer`."""
+
+    def add(self, index: int, seed: int, prompt: list[int]) -> None:
+        """Take a conversation."""
+        from vllm import PoolingParams, TokensPrompt
+
+        # The logit itself, not what makes a probability of it.
+        params = PoolingParams(task="classify", use_activation=False)
+        name = f"{self._num_calls}-{index}"
+        self._engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
+        self._in_flight[name] = index
+
+    def step(self) -> list[tuple[int, list[int], list[float], str]]:
+        """Let vLLM make a step."""
+        answers = []
+        for output in self._engine.step():
+            index = self._in_flight.pop(output.request_id, None)
+            if index is not None:
+                [score] = output.outputs.data.float().tolist()
+                is_finite = math.isfinite(score)
+                answers.append((index, [int(is_finite)], [score if is_finite else 0.0], "stop"))
+        return answers
 
 
 def _pack_tied_heads(model: Any) -> None:

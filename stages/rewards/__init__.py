@@ -117,6 +117,11 @@ def _make(source: RewardSource) -> Reward:
             return open_python(config, source.program)
         case "judge":
             return open_judge(config.judge)
+        case "model":
+            from stages.rewards.model import open_model  # torch, which other rewards need not
+
+            assert source.model is not None, "found with the source"
+            return open_model(config.model, source.model)
     raise ConfigError(f"reward.name={config.name} scores nothing; choose another")
 
 
