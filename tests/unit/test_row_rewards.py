@@ -310,3 +310,15 @@ def test_limited_processes_do_not_see_our_secrets(
     assert "SPIN_TEST_SECRET" not in Job("math", {}, 1.0).environment()
     assert "SPIN_TEST_SECRET" in Job("python", {}, 1.0, is_users_code=True).environment()
     assert os.environ["SPIN_TEST_SECRET"] == "1"
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    file = tmp_path / "my_reward.py"
+    file.write_text(page.split("```python\n")[1].split("```")[0])
+    config = RewardConfig(name="python", python={"file": str(file)})
+    right, wrong, none = score(config, ("so 12", "#### 12"), ("", "#### 12"), ("1", "none"))
+    assert right == pytest.approx(1 - 5 / 10_000)
+    assert wrong == 0.0
+    assert isinstance(none, Unscored)
+    assert none.detail.startswith("IndexError: list index out of range (line ")
