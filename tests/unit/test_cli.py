@@ -325,7 +325,7 @@ class TestStageCommands:
         monkeypatch.setattr(
             "stages.generate.run", lambda config, inputs, out, open_engine: seen.append(inputs)
         )
-        monkeypatch.setattr("spin_cli.steps._figures", lambda manifest: "")
+        monkeypatch.setattr("spin_cli.steps._figures", lambda *_: "")
         spin("generate", "--data", "d", "--out", "g", "model.path=a/b", "model.revision=r")
         assert (seen[0].model, seen[0].revision, seen[0].iteration) == ("a/b", "r", 0)
 
@@ -343,7 +343,7 @@ class TestStageCommands:
     def test_iterations_choose_their_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
         monkeypatch.setattr("stages.train.run", lambda config, inputs, out: seen.append(config))
-        monkeypatch.setattr("spin_cli.steps._figures", lambda manifest: "")
+        monkeypatch.setattr("spin_cli.steps._figures", lambda *_: "")
         Path("mine.yaml").write_text("iterations: {0: {train: {beta: 1}}, 3: {train: {beta: 5}}}")
         words = ["train", "--pairs", "s", "--model", "m", "--out", "t", "--config", "mine.yaml"]
         spin(*words)
