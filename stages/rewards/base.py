@@ -34,8 +34,9 @@ class Unscored:
     detail: str
 
     def __post_init__(self) -> None:
-        """Make one line of the detail, of valid Unicode and bounded: models write in it."""
-        line = " ".join(self.detail.encode("utf-8", "replace").decode().split())
+        """Make one line of the detail, bounded and fit for a terminal: models write in it."""
+        text = self.detail.encode("utf-8", "replace").decode()
+        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         object.__setattr__(self, "detail", line[:_MOST_DETAIL])
 
 

@@ -174,9 +174,10 @@ def test_a_server_that_is_no_use_stops_the_stage(
     answer: Any, error: type[Exception], why: str
 ) -> None:
     began = time.monotonic()
+    limit_s = 0.3 if answer is hang else 20
     with running_judge(answer) as judge, pytest.raises(error, match=why):
-        ask(config(judge, timeout_s=0.3), question("aa", "b"), question("a", "bb"))
-    assert time.monotonic() - began < 10
+        ask(config(judge, timeout_s=limit_s), question("aa", "b"), question("a", "bb"))
+    assert time.monotonic() - began < 25  # it hangs for 30
 
 
 def test_a_reply_that_trickles_in_is_not_waited_for() -> None:
@@ -198,7 +199,7 @@ def test_no_verdict_after_retries_is_no_score_for_both() -> None:
 
     with running_judge(hums) as judge:
         [scored] = ask(config(judge, concurrency=1), question("aa", "b", "cccc"))
-    lost = "no [[A]], [[B]] or [[tie]] in 3 replies, the last: hm? \x1b[31m"
+    lost = "no [[A]], [[B]] or [[tie]] in 3 replies, the last: hm? [31m"
     assert scored.scores == (Unscored("unparsable", lost),) * 3
     assert [row["verdict"] for row in scored.judgements] == [None, None, "b", "b", None, None]
     seeds = [r["seed"] for r in judge.requests if shown(r) == ("aa", "b")]

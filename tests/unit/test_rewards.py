@@ -1,8 +1,11 @@
 """Rules that score a response, row by row, and how a recipe names them."""
 
+from pathlib import Path
+
 import pytest
 
 from stages.config import ExactRewardConfig, RewardConfig
+from stages.recipe import load_recipe
 from stages.rewards import Question, Unscored, find_reward, open_reward
 from stages.rewards.exact import exact_reward
 from stages.rewards.gsm8k import final_answer, gsm8k_reward
@@ -82,6 +85,26 @@ def test_no_reward_is_none() -> None:
 def test_a_reward_without_what_it_needs_is_refused_with_the_recipe(name: str) -> None:
     with pytest.raises(ValueError, match=rf"reward.name={name} needs reward.{name}.\w+; set it"):
         RewardConfig(name=name)
+
+
+def test_a_file_beside_the_recipe_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(prompt, response, human):\n    return 7\n")
+    (tmp_path / "ask.txt").write_text("{prompt} {answer_a} {answer_b}")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "reward:\n  name: python\n  python: {file: recipe://mine.py}\n"
+        "  judge: {template: recipe://ask.txt}\n"
+    )
+    found = load_recipe(recipe).for_iteration(0).reward
+    assert found.python.file == str(tmp_path / "mine.py")
+    assert found.judge.template == "{prompt} {answer_a} {answer_b}"
+    assert score(found, ("a", "b")) == [7.0]
+
+
+def test_a_reason_is_one_line_that_a_terminal_can_show() -> None:
+    detail = Unscored("failed", "a\n\x1b[31mb\ud800\u202e " + "x" * 9_000).detail
+    assert detail.startswith("a [31mb? xxx")
+    assert len(detail) == 500
 
 
 def test_only_the_section_that_is_used_enters_keys() -> None:

@@ -218,11 +218,11 @@ def test_a_function_that_fails_gives_no_score_and_the_next_row_is_scored(
 )
 def test_a_function_that_never_ends_costs_its_time_limit(tmp_path: Path, body: str) -> None:
     body = f"if response == 'bad':\n    {body}\nreturn 1"
-    config = python(tmp_path, body, timeout_s=0.3)
+    config = python(tmp_path, body, timeout_s=1)
     began = time.monotonic()
     found = score(config, ("good", ""), ("bad", ""), ("good", ""))
-    assert found == [1.0, Unscored("too_costly", "it takes more than 0.3 s"), 1.0]
-    assert time.monotonic() - began < 20
+    assert found == [1.0, Unscored("too_costly", "it takes more than 1 s"), 1.0]
+    assert time.monotonic() - began < 45  # it sleeps for 60
 
 
 def test_what_a_function_prints_stays_out_of_our_output(
