@@ -1,6 +1,7 @@
 """evaluate: the player on held-out prompts, alone and against the opponent; one row an example."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from stages.errors import InputError
 from stages.model.source import ModelSource, resolve_model
 from stages.progress import progress
 from stages.rewards import Question, RewardSource, Unscored, find_reward, open_reward
+
+_log = logging.getLogger("spin")
 
 FORMAT_VERSION = 2
 HELDOUT_ITERATION = -1
@@ -437,7 +440,7 @@ def _add_rewards(
                 else:
                     row[f"{name}_reward"] = score
             judgements += [{"prompt_id": row["prompt_id"], **said} for said in scored.judgements]
-    _refuse_unscored(without, sum(map(len, names)), source)
+    _tell_unscored(without, sum(map(len, names)), source)
     for name, schema, found in (
         ("unscored.parquet", DROPPED, without),
         ("judgements.parquet", JUDGEMENTS, judgements),
@@ -448,14 +451,20 @@ def _add_rewards(
     return {"unscored": len(without)} if without else {}
 
 
-def _refuse_unscored(without: Sequence[Row], total: int, source: RewardSource) -> None:
-    if without and (len(without) == total or source.config.on_error == "stop"):
-        first = without[0]
+def _tell_unscored(without: Sequence[Row], total: int, source: RewardSource) -> None:
+    if not without:
+        return
+    first = without[0]
+    what = (
+        f"evaluate: {len(without)} of {total} held-out answers cannot be scored, such as to prompt "
+        f"{first['prompt_id']} ({first['reason']}): {first['detail']}"
+    )
+    if len(without) == total or source.config.on_error == "stop":
         raise InputError(
-            f"evaluate: {len(without)} of {total} held-out answers cannot be scored, such as to "
-            f"prompt {first['prompt_id']} ({first['reason']}): {first['detail']}; is reward.name="
-            f"{source.config.name} right for this data? reward.on_error=quarantine leaves some out"
+            f"{what}; is reward.name={source.config.name} right for this data? "
+            "reward.on_error=quarantine leaves some out"
         )
+    _log.warning("%s; they are left out", what)
 
 
 def _opponent_samples(

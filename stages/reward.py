@@ -1,5 +1,6 @@
 """reward: one score a sample, kept apart so that it can be made again without generating."""
 
+import logging
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,8 @@ from stages.rewards import (
     find_reward,
     open_reward,
 )
+
+_log = logging.getLogger("spin")
 
 FORMAT_VERSION = 1
 SHARD_PROMPTS = {"judge": 16, "model": 256}
@@ -277,6 +280,10 @@ def _assemble(space: Workspace, shards: Sequence[str], source: RewardSource) -> 
             f"reward: none of {sum(reasons.values())} samples can be scored ({first}); is "
             f"reward.name={source.config.name} right for this data?"
         )
+    if reasons:
+        total = len(rewards) + sum(reasons.values())
+        _log.warning("reward: %d of %d samples have no score and are left out, such as: %s",
+                     sum(reasons.values()), total, first)  # fmt: skip
     dropped_counts = {f"dropped_{reason}": reasons[reason] for reason in REASONS}
     return Outcome(
         counts={

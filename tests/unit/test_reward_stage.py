@@ -79,7 +79,7 @@ def dropped(place: Path) -> list[tuple[int, str, str]]:
     return [(int(r["prompt_id"], 16), r["reason"], r["detail"]) for r in rows]
 
 
-def test_samples_have_a_score_or_a_reason(tmp_path: Path) -> None:
+def test_samples_have_a_score_or_a_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = make_data(tmp_path / "data", ["#### 1", "none", "#### 3"])
     answers = {0: ["#### 1", "#### 2"], 1: ["#### 1", "#### 2"], 2: ["", "#### 3"]}
     generations = make_generations(tmp_path / "generate", answers)
@@ -96,6 +96,9 @@ def test_samples_have_a_score_or_a_reason(tmp_path: Path) -> None:
         "decided_share": pytest.approx(2 / 3),
     }  # fmt: skip
     assert sorted(f.path for f in made.files) == ["dropped.parquet", "rewards.parquet"]
+    assert "2 of 6 samples have no score and are left out, such as: no_score: sample 0" in (
+        caplog.text
+    )
 
 
 SOMETIMES = """
