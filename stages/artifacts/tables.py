@@ -103,7 +103,8 @@ def read_batches(
     """
     for path in paths:
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            # Not buffered ahead: the reader would hold every row group it has read to the end.
+            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
                 if not file.schema_arrow.equals(schema):
                     raise CorruptError(
                         f"{path} has columns {file.schema_arrow.names}, expected {schema.names}; "

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -148,3 +149,17 @@ def test_errors_of_the_reader_s_user_are_not_taken_for_damage(tmp_path: Path) ->
     with pytest.raises(OSError, match="mine"):
         for _ in read_rows([tmp_path / "a"], SCHEMA):
             raise OSError("mine")
+
+
+def test_reading_holds_no_row_group_that_was_read(tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("value", pa.int64(), False)])
+    noise = np.random.default_rng(0).integers(0, 2**62, (40, 50_000))
+    with TableWriter(tmp_path / "rows.parquet", schema, group_rows=50_000) as table:
+        for values in noise:
+            table.append_batch(pa.record_batch([pa.array(values)], schema=schema))
+    del table
+    before = pa.total_allocated_bytes()
+    size_bytes = (tmp_path / "rows.parquet").stat().st_size
+    for batch in read_batches([tmp_path / "rows.parquet"], schema, batch_rows=50_000):
+        assert batch.num_rows
+        assert pa.total_allocated_bytes() - before < size_bytes / 4
