@@ -121,6 +121,8 @@ class _Child:
     unread: bytearray = field(default_factory=bytearray)
     printed: bytearray = field(default_factory=bytearray)
     """The last that was written to its output."""
+    is_mute: bool = False
+    """Its output is closed."""
     heard_at: float = field(default_factory=time.monotonic)
 
     def send(self, message: Any) -> None:
@@ -162,6 +164,13 @@ class _Child:
             del self.unread[:end]
         return messages
 
+    def register(self, poll: select.poll) -> None:
+        """Have `poll` return where there is something to do."""
+        assert self.popen.stdout is not None
+        poll.register(self.socket, select.POLLIN | (select.POLLOUT if self.unsent else 0))
+        if not self.is_mute:
+            poll.register(self.popen.stdout, select.POLLIN)
+
     def read_output(self) -> None:
         """Keep the last of what was printed."""
         assert self.popen.stdout is not None
@@ -169,6 +178,7 @@ class _Child:
             while data := os.read(self.popen.stdout.fileno(), _READ_BYTES):
                 self.printed += data
                 del self.printed[:-_MOST_WORDS]
+            self.is_mute = True
 
     def _ended(self) -> _EndedError:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -266,8 +276,7 @@ class RowPool:
         """Wait until something can be read or written, and do it; return what was scored."""
         poll = select.poll()
         for child in self._children:
-            poll.register(child.socket, select.POLLIN | (select.POLLOUT if child.unsent else 0))
-            poll.register(child.popen.stdout, select.POLLIN)  # type: ignore[arg-type]
+            child.register(poll)
         working = [child for child in self._children if child.pending]
         deadline = min(child.heard_at for child in working) + self._job.silence_s
         poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
@@ -340,8 +349,7 @@ class RowPool:
         try:
             while (left := deadline - time.monotonic()) > 0:
                 poll = select.poll()
-                poll.register(child.socket, select.POLLIN | (select.POLLOUT if child.unsent else 0))
-                poll.register(child.popen.stdout, select.POLLIN)  # type: ignore[arg-type]
+                child.register(poll)
                 poll.poll(left * 1000)
                 child.write()
                 for message in child.read():

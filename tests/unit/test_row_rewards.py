@@ -228,7 +228,9 @@ def test_a_function_that_never_ends_costs_its_time_limit(tmp_path: Path, body: s
 def test_what_a_function_prints_stays_out_of_our_output(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    body = "import os, sys\nprint('x' * 100_000)\nos.system('echo child')\nreturn True"
+    body = "import os\nprint('x' * 100_000)\nos.system('echo child')\nreturn True"
+    assert score(python(tmp_path, body), ("a", ""), ("b", "")) == [1.0, 1.0]
+    body = "import os\nos.closerange(0, 3)\nreturn True"
     assert score(python(tmp_path, body), ("a", ""), ("b", "")) == [1.0, 1.0]
     assert capfd.readouterr() == ("", "")
 
