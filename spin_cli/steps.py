@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 MAX_FIGURES = 8
 FIGURES = {
-    "generate": ("rows", "mean_response_tokens", "cut_off_share", "empty", "parity_mean"),
-    "reward": ("rows", "mean_reward"),
+    "generate": ("rows", "drawn", "mean_response_tokens", "cut_off_share", "empty", "parity_mean"),
+    "reward": ("rows", "mean_reward", "decided_share", "dropped_no_score"),
     "pair": ("pairs", "pairs_own", "identical_share", "length_accuracy"),
     "train": ("pairs", "steps", "first_loss", "last_loss", "last_accuracy", "last_margin"),
     "evaluate": (
