@@ -1,11 +1,14 @@
 """The gate, the pointer that follows it, and who plays whom after a refusal."""
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages import promote
+from stages.alarms import FiredAlarm
 from stages.artifacts import Manifest, Outcome, Plan, open_artifact, produce
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import InputRef
@@ -31,12 +34,16 @@ def new_run(folder: Path, *overrides: str) -> tuple[RunLayout, Recipe]:
 
 
 def make(
-    out: Path, stage: str, files: dict[str, Any] | None = None, **inputs: InputRef
+    out: Path,
+    stage: str,
+    files: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    **inputs: InputRef,
 ) -> Manifest:
     def fill(workspace: Any) -> Outcome:
         for name, value in (files or {"config.json": {"of": str(out)}}).items():
             write_object(workspace.file(name), value)
-        return Outcome(counts={})
+        return Outcome(counts={}, metrics=metrics or {})
 
     return produce(out, Plan(stage, 1, {"out": out.parent.name + out.name}, inputs), fill)
 
@@ -110,6 +117,105 @@ def test_a_champions_nan_is_nothing_to_compare_with() -> None:
         PromoteConfig(metric="a", min_gain=0.1), {"a": 1}, {"a": None}, "here"
     )
     assert (decision.promoted, decision.champion_value) == (True, None)
+
+
+NOTED = FiredAlarm("divergence", "evaluate", 0.3, 0.25, "note", "far from its opponent")
+REFUSED = FiredAlarm("human_fall", "evaluate", 0.2, 0.1, "refuse", "human responses fell")
+STOPPED = FiredAlarm("chosen_fall", "train", 0.2, 0.1, "stop", "chosen responses fell")
+
+
+@pytest.mark.parametrize(
+    ("alarms", "promoted", "reasons"),
+    [
+        ([], True, ["a is 1"]),
+        ([NOTED], True, ["a is 1"]),
+        ([NOTED, REFUSED], False, ["a is 1", "human responses fell"]),
+        ([STOPPED], False, ["a is 1", "chosen responses fell"]),
+    ],
+)
+def test_an_alarm_refuses_whatever_the_metric_says(
+    alarms: list[FiredAlarm], promoted: bool, reasons: list[str]
+) -> None:
+    decision = promote.decide(PromoteConfig(metric="a"), {"a": 1}, None, "here", alarms)
+    assert (decision.promoted, decision.reasons) == (promoted, reasons)
+    assert decision.alarms == [asdict(alarm) for alarm in alarms]
+
+
+class TestAlarmsOnTheWay:
+    """Figures of stages far from promote decide too; the walk goes by manifests alone."""
+
+    def chain(self, layout: RunLayout, **metrics: dict[str, Any]) -> None:
+        """Make iteration 0, each stage with the metrics of its name."""
+
+        def made(stage: str, **inputs: str) -> None:
+            refs = {
+                name: open_artifact(layout.stage(0, of)).input_ref(layout.root)
+                for name, of in inputs.items()
+            }
+            figures = metrics.get(stage, {})
+            files = {"metrics.json": {METRIC: 0.9} | figures} if stage == "evaluate" else None
+            make(layout.stage(0, stage), stage, files, figures, **refs)
+
+        made("generate")
+        made("pair", generations="generate")
+        made("score", pairs="pair")
+        made("train", pairs="score")
+        made("evaluate", model="train")
+
+    @pytest.mark.parametrize(
+        ("stage", "metrics", "name"),
+        [
+            ("generate", {"cut_off_share": 0.9}, "generated_cut_off"),
+            ("pair", {"identical_share": 1.0}, "identical_share"),
+            ("train", {"chosen_fall": 0.4}, "chosen_fall"),
+            ("evaluate", {"heldout_reward_accuracy": 1.0}, "heldout_saturated"),
+        ],
+    )
+    @pytest.mark.parametrize("action", ["note", "refuse"])
+    def test_each_stage_is_found(
+        self, stage: str, metrics: dict[str, float], name: str, action: str, tmp_path: Path
+    ) -> None:
+        layout, recipe = new_run(tmp_path, f"alarms.{name}.action={action}")
+        self.chain(layout, **{stage: metrics})
+        assert decide(layout, recipe, 0) is (action == "note")
+        (alarm,) = read_decision(layout.stage(0, "promote")).alarms
+        assert (alarm["name"], alarm["stage"], alarm["action"]) == (name, stage, action)
+        assert champion(layout) == ("iterations/000/train" if action == "note" else None)
+
+    def test_a_threshold_is_part_of_the_decision(self, tmp_path: Path) -> None:
+        layout, recipe = new_run(tmp_path)
+        self.chain(layout)
+        assert decide(layout, recipe, 0)
+        with pytest.raises(ConfigError, match=r"alarms\.human_fall\.threshold: 0\.1 there, 9"):
+            decide(layout, recipe.with_overrides(["alarms.human_fall.threshold=9"]), 0)
+
+    def test_a_stage_that_was_made_anew_is_refused(self, tmp_path: Path) -> None:
+        layout, recipe = new_run(tmp_path)
+        self.chain(layout)
+        place = layout.stage(0, "pair")
+        for file in place.iterdir():
+            file.unlink()
+        make(place, "pair", {"config.json": {"other": 1}})
+        with pytest.raises(InputError, match="pair was made anew since the player was trained"):
+            decide(layout, recipe, 0)
+
+    def test_what_was_deleted_to_save_room_is_said_and_left_out(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        layout, recipe = new_run(tmp_path)
+        self.chain(layout, generate={"cut_off_share": 0.9}, pair={"identical_share": 1.0})
+        shutil.rmtree(layout.stage(0, "generate"))
+        assert decide(layout, recipe, 0)
+        assert "000/generate is gone: what alarms it set off is not known" in caplog.text
+        names = [a["name"] for a in read_decision(layout.stage(0, "promote")).alarms]
+        assert names == ["identical_share"]
+
+    def test_a_decision_of_before_there_were_alarms_can_be_read(self, tmp_path: Path) -> None:
+        layout, _ = new_run(tmp_path)
+        old = asdict(promote.decide(PromoteConfig(metric="a"), {"a": 1}, None, "here"))
+        del old["alarms"]
+        make(layout.stage(0, "promote"), "promote", {"decision.json": old})
+        assert read_decision(layout.stage(0, "promote")).alarms == []
 
 
 def test_an_unknown_metric_is_refused_with_those_there_are() -> None:
