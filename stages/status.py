@@ -77,6 +77,7 @@ def _iteration(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, A
         "decision": decision,
         "reference": _reference(layout, iteration),
         "optimizer": _optimizer(layout, iteration),
+        "training": _training(layout, iteration),
         "converged": _converged(layout, recipe, iteration) if decision else None,
     }
 
@@ -94,6 +95,12 @@ def _optimizer(layout: RunLayout, iteration: int) -> str | None:
         return None
     carried = trained.inputs.get("optimizer_from")
     return carried.path if carried else "fresh"
+
+
+def _training(layout: RunLayout, iteration: int) -> dict[str, Any] | None:
+    """Return train's own metrics, or None before training."""
+    trained = _finished(layout.stage(iteration, "train"))
+    return dict(trained.metrics) if isinstance(trained, Manifest) else None
 
 
 def _converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
