@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spin_cli.loop import carry_on
-from stages.artifacts import locks
+from stages.artifacts import locks, read_manifest
 from stages.errors import BusyError, CorruptError, InputError
 from stages.layout import RunLayout
 from stages.recipe import Recipe, load_recipe
@@ -51,8 +51,9 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert [row["index"] for row in found["iterations"]] == [0, 1]
     row = found["iterations"][1]
     assert list(row) == [
-        "index", "stages", "metrics", "decision", "reference", "optimizer", "converged",
+        "index", "stages", "metrics", "decision", "reference", "optimizer", "training", "converged",
     ]  # fmt: skip
+    assert row["training"] == read_manifest(layout.stage(1, "train")).metrics
     assert (row["reference"], row["optimizer"]) == ("iterations/000/train", "fresh")
     assert row["converged"] is None
     assert list(row["stages"]) == STAGES
