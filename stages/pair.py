@@ -28,6 +28,7 @@ from stages.artifacts import (
     run_root,
 )
 from stages.config import PairConfig, RunConfig
+from stages.data.ahead import ahead
 from stages.data.aligned import SortedTable, aligned
 from stages.data.chat import Renderer, chat_fingerprints, make_renderer
 from stages.data.pair_report import PairReport
@@ -147,8 +148,8 @@ def _fill(space: Workspace, config: RunConfig, model: ModelSource, job: _Job) ->
         TableWriter(space.file("part-00000.parquet"), PAIRS) as table,
         TableWriter(space.file("dropped.parquet"), DROPPED) as left_out,
     ):
-        for chunk in _chunks(job):
-            pairs, dropped = pairer.pair(chunk, report)
+        for answers in ahead(map(pairer.read, _chunks(job))):
+            pairs, dropped = pairer.pair(answers, report)
             report.made(pairs)
             report.left_out(dropped["reason"])
             for writer, rows in ((table, pairs), (left_out, dropped)):
@@ -200,6 +201,16 @@ def _table(artifact: Artifact, prefix: str, schema: pa.Schema, names: Sequence[s
     return SortedTable((batch.select(names) for batch in batches), narrow, artifact.path)
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """A chunk with its responses, all as tokens."""
+
+    chunk: _Chunk
+    samples: pa.Table
+    prompt_S: Ints
+    sides: Sides
+
+
 class _Pairer:
     """Makes the pairs of a chunk."""
 
@@ -208,16 +219,20 @@ class _Pairer:
         self._rule = Rule(job.config)
         self._replay = Replay(job.config, job.seed, job.iteration)
 
-    def pair(self, chunk: _Chunk, report: PairReport) -> tuple[pa.Table, pa.Table]:
-        """Return rows of PAIRS and of DROPPED, and count them."""
+    def read(self, chunk: _Chunk) -> _Answers:
+        """Return the samples and the human responses; these are tokenized, which takes longest."""
         samples = _samples(chunk)
         used, prompt_S = np.unique(self._prompts_of(chunk, samples), return_inverse=True)
         human = None
         if self._job.config.chooses_human:
             human = chunk.prompts["response"].combine_chunks().take(pa.array(used))
-        sides = Sides.of(samples, human, self._renderer)
+        return _Answers(chunk, samples, prompt_S, Sides.of(samples, human, self._renderer))
+
+    def pair(self, answers: _Answers, report: PairReport) -> tuple[pa.Table, pa.Table]:
+        """Return rows of PAIRS and of DROPPED, and count them."""
+        chunk, samples, sides = answers.chunk, answers.samples, answers.sides
         rewards = self._rewards_of(chunk, samples)
-        responses = sides.responses(samples, prompt_S, rewards, self._draws_of(samples))
+        responses = sides.responses(samples, answers.prompt_S, rewards, self._draws_of(samples))
         found = self._rule.candidates(responses)
         verdict = self._rule.judge(responses, found)
         report.judged(responses, found, verdict)
