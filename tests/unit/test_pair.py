@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -117,6 +117,7 @@ SURPLUS_2 = ["surplus"] * 2
         ("best_vs_worst", [None, None], {}, ["no_reward", "no_reward"]),
         ("best_vs_worst", WORST, {"min_margin": 0.9}, ["small_margin"] * 3),
         ("best_vs_worst", [0.5, 0.0], {"min_margin": 0.5}, ["sample 0>sample 1"]),
+        ("best_vs_worst", [0.5, 0.0], {"max_margin": 0.5}, ["sample 0>sample 1"]),
         (
             "best_vs_worst", WORST, {"max_margin": 0.75},
             ["large_margin", "sample 2>sample 1", "surplus"],
@@ -177,6 +178,14 @@ def test_the_length_penalty_changes_the_ranks_but_no_stored_reward() -> None:
     assert (pair["chosen_reward"], pair["rejected_reward"]) == (0.9, 0.0)
     margin = (0.9 - 0.1 * len(letters("short"))) - (0.0 - 0.1 * len(letters("none")))
     assert pair["win_probability"] == pytest.approx(1 / (1 + math.exp(-margin)))
+
+
+def test_bounds_of_rewards_are_asked_before_the_length_penalty() -> None:
+    samples = [sample(0, "abc", 0.5), sample(1, "ab", 0.25)]
+    for policy in ("best_vs_worst", "random"):
+        settings: Any = {"policy": policy, "length_penalty": 0.1}
+        assert outcomes(samples, min_chosen_reward=0.5, **settings) == ["sample 0>sample 1"]
+        assert outcomes(samples, max_rejected_reward=0.2, **settings) == ["high_rejected_reward"]
 
 
 def test_ties_and_margins_are_those_of_the_ranked_rewards() -> None:
@@ -307,6 +316,7 @@ def as_prompts(drawn: Any) -> dict[str, tuple[str, list[Sample]]]:
     }
 
 
+@settings(max_examples=300)
 @given(drawn=PROMPTS, config=configs())
 def test_all_prompts_at_once_equal_one_at_a_time(drawn: Any, config: PairConfig) -> None:
     prompts = as_prompts(drawn)
