@@ -163,3 +163,16 @@ def test_reading_holds_no_row_group_that_was_read(tmp_path: Path) -> None:
     for batch in read_batches([tmp_path / "rows.parquet"], schema, batch_rows=50_000):
         assert batch.num_rows
         assert pa.total_allocated_bytes() - before < size_bytes / 4
+
+
+def test_the_bytes_do_not_depend_on_how_many_rows_came_at_a_time(tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("tokens", pa.list_(pa.int32()), False)])
+    values = np.random.default_rng(0).integers(0, 30_000, (4096, 300), np.int32)
+    rows = pa.table({"tokens": list(values)}, schema=schema).combine_chunks()
+    written = []
+    for batch_rows in (4096, 1000, 37):
+        with TableWriter(tmp_path / str(batch_rows), schema) as table:
+            for batch in rows.to_batches(max_chunksize=batch_rows):
+                table.append_batch(batch)
+        written.append((tmp_path / str(batch_rows)).read_bytes())
+    assert written[0] == written[1] == written[2]
