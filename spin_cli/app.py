@@ -319,10 +319,11 @@ def train(
     model: Model,
     revision: Revision = None,
     optimizer_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--optimizer-from",
-            help="The player before, whose optimizer state goes on (with train.carry_optimizer).",
+            help="The player before, whose optimizer's state goes on (with train.carry_optimizer); "
+            "empty: anew.",
         ),
     ] = None,
     config: Config = None,
@@ -342,8 +343,8 @@ def train(
     words = [*(overrides or []), *_processes("train", processes, gpus)]
     recipe = _recipe(config, words, shrink=shrink)
     options = {"pairs": str(pairs), **_model(recipe, iteration, model, revision)}
-    if optimizer_from is not None:
-        options["optimizer_from"] = str(optimizer_from)
+    if optimizer_from:
+        options["optimizer_from"] = optimizer_from
     _execute(Step("train", out, iteration, options), recipe, no_verify)
 
 
@@ -383,6 +384,9 @@ def evaluate(
 
     recipe = _recipe(config, overrides, shrink=shrink)
     options = {**_model(recipe, iteration, model, revision), "data": str(data)}
+    if opponent is not None:
+        theirs = _model(recipe, iteration, opponent, opponent_revision)
+        opponent_revision = theirs.get("revision")
     more = {
         "opponent": opponent,
         "opponent_revision": opponent_revision,
@@ -508,7 +512,7 @@ def run_(
 ) -> None:  # fmt: skip
     """Run the whole loop, or go on where it stopped."""
     set_up_messages(quiet=quiet, verbose=verbose)
-    from spin_cli.loop import carry_on, commands, rules
+    from spin_cli.loop import carry_on, check_stop, commands, rules
     from spin_cli.views import put_iterations
     from stages.artifacts.locks import hold
     from stages.errors import GateRefusedError
@@ -520,6 +524,12 @@ def run_(
     layout = RunLayout(_control_arm(run) if control else run)
     if iterations is None:
         iterations = chosen.for_iteration().stop.max_iterations if until_converged else 1
+    if until_converged:
+        check_stop(chosen)
+    if amend and (dry_run or as_rules):
+        raise typer.BadParameter("--amend changes a run; it cannot be printed")
+    if until_converged and as_rules:
+        raise typer.BadParameter("rules make a number of iterations: leave --until-converged out")
     if dry_run or as_rules:
         settings = ["--config", recipe, *(["--shrink"] if shrink else []), *words]
         flags = ["--no-verify"] if no_verify else []
@@ -588,6 +598,13 @@ def opponent(
     reference: Annotated[
         bool, typer.Option("--reference", help="Print the reference's model instead.")
     ] = False,
+    optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--optimizer",
+            help="Print the player whose optimizer's state goes on; empty where it begins anew.",
+        ),
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -596,18 +613,22 @@ def opponent(
     Exit code 6 when a refusal ended the run before it.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
-    from stages.decisions import opponent_of, reference_of
+    from stages.decisions import opponent_of, optimizer_of, reference_of
     from stages.layout import RunLayout
     from stages.run_record import read_recipe
 
-    if evaluation and reference:
-        raise typer.BadParameter("give either --evaluation or --reference")
+    if evaluation + reference + optimizer > 1:
+        raise typer.BadParameter("give one of --evaluation, --reference and --optimizer")
     layout = RunLayout(run)
     recipe = read_recipe(layout)
     found = opponent_of(layout, recipe, iteration)
     if reference:
         found = reference_of(recipe, iteration, lambda t: opponent_of(layout, recipe, t))
-    put(found.evaluation if evaluation else found.model)
+    if optimizer:
+        carries = recipe.for_iteration(iteration).train.carry_optimizer
+        put((optimizer_of(layout, recipe, found) if carries else None) or "")
+    else:
+        put(found.evaluation if evaluation else found.model)
 
 
 @app.command(epilog=_example("spin train … $(spin adapted runs/a --iteration 1)"))
@@ -797,8 +818,8 @@ def _model(
     """Return the options for a model: the one that was named, or the recipe's."""
     from stages.errors import ConfigError
 
-    if model is None:
-        section = recipe.for_iteration(iteration).model
+    section = recipe.for_iteration(iteration).model
+    if model is None or model == section.path:
         model, revision = section.path, revision or section.revision
     if model is None:
         raise ConfigError("no model: give --model, or set model.path in the recipe")

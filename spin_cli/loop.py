@@ -1,5 +1,6 @@
 """The whole loop: the steps of a run in order, to be executed or printed."""
 
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING
 from spin_cli.steps import ShellText, Step, command, execute
 from stages.adaptation import at_iteration
 from stages.artifacts.manifest import MANIFEST_NAME
-from stages.convergence import converged
+from stages.convergence import conditions, converged
 from stages.decisions import (
     Opponent,
     first_opponent,
     opponent_of,
+    optimizer_of,
     player,
     pool_of,
     reference_of,
     replayed,
 )
+from stages.errors import ConfigError
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import Recipe
 
@@ -61,6 +64,20 @@ def carry_on(
     if iterations > 0:
         opponent_of(layout, recipe, iterations)  # raises when the last player was refused
     return None
+
+
+def check_stop(recipe: Recipe) -> None:
+    """Check that a run of the recipe can converge.
+
+    Raises:
+        ConfigError: no condition of its `stop` section can ever be met.
+    """
+    if not any(conditions(recipe.for_iteration(t)) for t in recipe.turning_points()):
+        raise ConfigError(
+            f"{recipe.source}: no condition of `stop` can be met, so the run would never converge; "
+            "set stop.min_gain, or stop.identical_share (stop.discriminator_margin is for games "
+            "against human responses)"
+        )
 
 
 @contextmanager
@@ -110,7 +127,8 @@ def commands(
         yield line if stops and not until_converged else f"{line} || test $? = 6"
         if until_converged:
             words = ["spin", "converged", str(layout.root), "--iteration", str(step.iteration)]
-            yield f'reason="$({shlex.join(words)})" && if [ -n "$reason" ]; then exit 0; fi'
+            yield f'reason="$({shlex.join(words)})"'
+            yield 'if [ -n "$reason" ]; then exit 0; fi'
             yield f"{_ask(layout, step.iteration + 1)} > /dev/null"
 
 
@@ -124,26 +142,37 @@ def rules(
     """Yield the rules that do the same for make; see configs/pipeline.mk.
 
     They do not depend on what the run holds. Every artifact depends on those it reads, and an
-    iteration on the decision before it, which is asked whether the run goes on.
+    iteration on the decision before it, which is completed if it was cut off, and asked whether
+    the run goes on.
+
+    Raises:
+        ConfigError: make could not read the run's name.
     """
+    if re.search(r"[\s:%#$=\\]", str(layout.root)):
+        raise ConfigError(
+            f"{str(layout.root)!r} holds a character that make takes for its own; give --run "
+            "a name without spaces and :%#$=\\"
+        )
     init = shlex.join(["spin", "init", str(layout.root), *settings])
     yield _rule(layout.record, [], [init])
-    before = layout.record
+    before, decide = layout.record, ""
     expected = partial(_expected, layout, recipe)
     for step, line in _lines(layout, recipe, iterations, settings, flags, expected):
         needs, lines = _artifacts(step, layout), [line]
         if step.stage == "generate":
-            needs.append(_in_make(before))
-            lines.insert(0, f"{_ask(layout, step.iteration or 0)} > /dev/null")
+            needs.append(str(before))
+            ask = f"{_ask(layout, step.iteration or 0)} > /dev/null"
+            lines = [*([decide] if decide else []), ask, line]
         if step.stage == "promote":
             lines = [f"{line} || test $? = 6"]
+            decide = f"{line} --quiet 2> /dev/null || test $? = 6"
         if step.stage == "promote" or step.iteration is None:
             before = step.out / MANIFEST_NAME
-        yield _rule(step.out / MANIFEST_NAME, needs or [f"| {_in_make(layout.record)}"], lines)
+        yield _rule(step.out / MANIFEST_NAME, needs or [f"| {layout.record}"], lines)
 
 
 def _rule(target: Path, needs: Sequence[str], lines: Sequence[str]) -> str:
-    head = " ".join([f"{_in_make(target)}:", *needs])
+    head = " ".join([f"{target}:", *needs])
     return "\n\t".join([head, *(_recipe_line(line) for line in lines)]) + "\n"
 
 
@@ -178,19 +207,14 @@ def _measured_settings(layout: RunLayout, recipe: Recipe, iteration: int | None)
 def _artifacts(step: Step, layout: RunLayout) -> list[str]:
     """Return the manifests of a run that a step reads, as make knows them."""
     if step.stage == "promote":
-        return [_in_make(step.out.parent / "evaluate" / MANIFEST_NAME)]
+        return [str(step.out.parent / "evaluate" / MANIFEST_NAME)]
     several = (place for places in step.several.values() for place in places)
     inside = [
         Path(place) / MANIFEST_NAME
         for place in [*step.options.values(), *several]
         if not isinstance(place, ShellText) and Path(place).is_relative_to(layout.root)
     ]
-    return [_in_make(path) for path in dict.fromkeys(inside)]
-
-
-def _in_make(path: Path) -> str:
-    """Return a path as a target or prerequisite of make."""
-    return str(path).replace("$", "$$").replace(" ", "\\ ").replace("#", "\\#")
+    return [str(path) for path in dict.fromkeys(inside)]
 
 
 def _recipe_line(line: str) -> str:
@@ -253,8 +277,8 @@ def _iteration_steps(
     yield step("pair", {**data, **rewards, **model}, generations=answers, replay=replay)
     reference = reference_of(recipe, iteration, opponent)
     yield step("score", {"pairs": place["pair"], **_model(reference.model, reference.revision)})
-    carries = config.train.carry_optimizer and _is_player(layout, now.model)
-    carried = {"optimizer_from": now.model} if carries else {}
+    before = _optimizer(layout, recipe, iteration, now)
+    carried = {} if before is None else {"optimizer_from": before}
     yield step("train", {"pairs": place["score"], **model, **carried})
     against = {
         **_model(now.model, now.revision, "opponent", "opponent_revision"),
@@ -268,9 +292,13 @@ def _part(member: int, pool: Sequence[Opponent]) -> dict[str, str]:
     return {"part": f"{member}/{len(pool)}"} if pool else {}
 
 
-def _is_player(layout: RunLayout, model: str) -> bool:
-    """Tell whether a model was trained in an iteration, so that it has an optimizer's state."""
-    return isinstance(model, ShellText) or Path(model).is_relative_to(layout.root / "iterations")
+def _optimizer(layout: RunLayout, recipe: Recipe, iteration: int, opponent: Opponent) -> str | None:
+    """Return the player whose optimizer goes on, as a question where the opponent is one."""
+    if not recipe.for_iteration(iteration).train.carry_optimizer:
+        return None
+    if isinstance(opponent.model, ShellText):
+        return ShellText(f'"$({_ask(layout, iteration)} --optimizer)"')
+    return optimizer_of(layout, recipe, opponent)
 
 
 def _model(

@@ -5,37 +5,40 @@ from typing import Any
 
 from stages.artifacts import open_artifact
 from stages.artifacts.json_file import read_object
-from stages.config import AdaptConfig
+from stages.config import AdaptConfig, RunConfig
 from stages.decisions import METRICS
 from stages.errors import ConfigError
 from stages.layout import RunLayout
 from stages.recipe import Recipe
 
 MEASURED = "heldout_kl"
+STDERRS = 2.0
+"""Standard errors that a measurement may be off."""
 
 
 def adapted(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, float]:
     """Return the setting that measurements changed for an iteration, by its dotted name.
 
-    What evaluate found in each iteration before multiplies the recipe's value by one factor more;
-    so it can be told again at any time, and stands in the manifest of train.
+    What evaluate found in each iteration before multiplies the recipe's value once more, within
+    its bounds; so it can be told again at any time, and stands in the manifest of train.
 
     Raises:
         ConfigError: an evaluation has no divergence to go by.
         InputError: an iteration before is not evaluated yet.
     """
-    factor = 1.0
-    for before in range(iteration):
-        adapt = recipe.for_iteration(before).adapt
-        if adapt.target_kl is not None:
-            factor *= change(adapt, _divergence(layout, before))
     config = recipe.for_iteration(iteration)
     if config.adapt.target_kl is None or iteration == 0:
         return {}
-    section, _, name = config.adapt.key.partition(".")
-    value = getattr(getattr(config, section), name) * factor
-    lowest, highest = config.adapt.lowest or 0.0, config.adapt.highest or math.inf
-    return {config.adapt.key: min(max(value, lowest), highest)}
+    value, factor = _value(config, config.adapt.key), 1.0
+    for before in range(iteration):
+        adapt = recipe.for_iteration(before).adapt
+        if adapt.target_kl is not None and adapt.key == config.adapt.key:
+            factor *= change(adapt, *_divergence(layout, before))
+        then = recipe.for_iteration(before + 1)
+        plain = _value(then, config.adapt.key)
+        value = _within(then.adapt, plain * factor)
+        factor = value / plain  # bounds hold the factor too, or it would have to be undone first
+    return {config.adapt.key: value}
 
 
 def at_iteration(layout: RunLayout, recipe: Recipe, iteration: int | None) -> Recipe:
@@ -44,26 +47,39 @@ def at_iteration(layout: RunLayout, recipe: Recipe, iteration: int | None) -> Re
     return recipe.with_overrides([f"{name}={value!r}" for name, value in changed.items()])
 
 
-def change(adapt: AdaptConfig, measured: float) -> float:
+def change(adapt: AdaptConfig, measured: float, stderr: float) -> float:
     """Return the factor by which a setting changes after a divergence was measured.
 
     The divergence falls as β rises and as the learning rate falls, about in proportion to its
-    square near the reference; hence the root.
+    square near the reference; hence the root. Of what may have been measured, within two standard
+    errors, the value next to the target counts, so that noise changes nothing.
     """
     assert adapt.target_kl is not None, "asked only where there is a target"
-    ratio = max(measured, 0.0) / adapt.target_kl
+    lowest, highest = measured - STDERRS * stderr, measured + STDERRS * stderr
+    ratio = max(min(max(adapt.target_kl, lowest), highest), 0.0) / adapt.target_kl
     if 1 / adapt.tolerance <= ratio <= adapt.tolerance:
         return 1.0
     root = min(max(math.sqrt(ratio), 1 / adapt.factor), adapt.factor)
     return root if adapt.key == "train.beta" else 1 / root
 
 
-def _divergence(layout: RunLayout, iteration: int) -> float:
+def _value(config: RunConfig, key: str) -> float:
+    section, _, name = key.partition(".")
+    return float(getattr(getattr(config, section), name))
+
+
+def _within(adapt: AdaptConfig, value: float) -> float:
+    return min(max(value, adapt.lowest or 0.0), adapt.highest or math.inf)
+
+
+def _divergence(layout: RunLayout, iteration: int) -> tuple[float, float]:
+    """Return what evaluate measured, and its standard error."""
     out = layout.stage(iteration, "evaluate")
-    value: Any = read_object(open_artifact(out, stages=("evaluate",)), METRICS).get(MEASURED)
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    metrics = read_object(open_artifact(out, stages=("evaluate",)), METRICS)
+    found: list[Any] = [metrics.get(name) for name in (MEASURED, f"{MEASURED}_stderr")]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in found):
         raise ConfigError(
             f"adapt.target_kl follows {MEASURED}, which {out} does not have; evaluate the player "
             "against its opponent, or set adapt.target_kl=null"
         )
-    return float(value)
+    return float(found[0]), float(found[1])

@@ -688,6 +688,15 @@ class ReferenceConfig(_Section):
     update_every: Count = 1
     """Iterations between two refreshes: 1 takes each iteration's own opponent."""
 
+    @model_validator(mode="after")
+    def _first_is_never_refreshed(self) -> "ReferenceConfig":
+        if self.policy == "first" and self.update_every != 1:
+            raise ValueError(
+                f"policy=first is never refreshed, so update_every={self.update_every} means "
+                "nothing; leave it out, or take policy=opponent"
+            )
+        return self
+
 
 class ScoreConfig(ForwardConfig, ParallelConfig):
     """Log-probabilities of pairs under the reference."""
@@ -842,15 +851,22 @@ class AdaptConfig(_Section):
     lowest: Positive | None = None
     highest: Positive | None = None
 
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "AdaptConfig":
+        if self.lowest is not None and self.highest is not None and self.lowest > self.highest:
+            raise ValueError(f"lowest={self.lowest} is above highest={self.highest}; swap them")
+        return self
+
 
 class StopConfig(_Section):
     """When a run has converged; `spin run --until-converged` asks after each iteration."""
 
     max_iterations: Count = 10
     """Iterations at most."""
-    discriminator_margin: NonNegative | None = 0.0
-    """Stop when the held-out accuracy of the discriminator that the loss trains is, at the lower
-    end of its confidence interval, not above one half plus this; None does not ask."""
+    discriminator_margin: Positive | None = 0.05
+    """Stop when the held-out accuracy of the discriminator that the loss trains is within this of
+    one half, with its whole confidence interval; None does not ask. Only where the chosen
+    response is human."""
     identical_share: Share | None = None
     """Stop when this share of the opponent's answers equals the human ones."""
     min_gain: float | None = None
@@ -928,6 +944,17 @@ class RunConfig(_Section):
             raise ValueError(
                 "generate.draw=slices takes a part of the prompts each iteration; set how many by "
                 "generate.max_prompts or generate.prompt_share, or leave draw out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _divergence_can_be_measured(self) -> "RunConfig":
+        drawn = self.evaluate
+        plainly = (drawn.temperature, drawn.top_p, drawn.top_k) == (1.0, 1.0, 0)
+        if self.adapt.target_kl is not None and not plainly:
+            raise ValueError(
+                "adapt.target_kl needs evaluate.temperature=1, top_p=1 and top_k=0: of samples "
+                "drawn in another way no divergence can be told"
             )
         return self
 

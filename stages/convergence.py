@@ -15,14 +15,15 @@ from stages.recipe import Recipe
 def converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
     """Return in words why a run has converged with an iteration that was decided; None: it has not.
 
-    A player that alarms refused says nothing about convergence.
+    A player that alarms refused says nothing about convergence, nor does one that is its opponent
+    still, such as after a step at learning rate 0.
 
     Raises:
         InputError: the iteration is not decided yet.
     """
     config = recipe.for_iteration(iteration)
     decision = read_decision(layout.stage(iteration, "promote"))
-    if any(alarm["action"] != "note" for alarm in decision.alarms):
+    if _is_alarmed(decision):
         return None
     evaluation = open_artifact(layout.stage(iteration, "evaluate"), stages=("evaluate",))
     metrics = read_object(evaluation, METRICS)
@@ -37,20 +38,45 @@ def converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
     )
 
 
+def conditions(config: RunConfig) -> list[str]:
+    """Return which conditions of the `stop` section can be met at all."""
+    stop = config.stop
+    asked = {
+        "discriminator_margin": stop.discriminator_margin is not None and _is_of_humans(config),
+        "identical_share": stop.identical_share is not None,
+        "min_gain": stop.min_gain is not None,
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
+def _is_of_humans(config: RunConfig) -> bool:
+    """Tell whether the loss trains a discriminator of human responses."""
+    return config.pair.policy in ("human_vs_self", "human_vs_worst")
+
+
+def _is_alarmed(decision: Decision) -> bool:
+    return any(alarm["action"] != "note" for alarm in decision.alarms)
+
+
 def _cannot_be_told_apart(config: RunConfig, metrics: Mapping[str, Any]) -> str | None:
-    """Ask the discriminator, which only a game against human responses trains."""
+    """Ask the discriminator: all that its accuracy may be must be close to one half.
+
+    "Not shown to be above one half" would end a run early where few prompts are held out.
+    """
     margin = config.stop.discriminator_margin
     accuracy = metrics.get("heldout_reward_accuracy")
     error = metrics.get("heldout_reward_accuracy_stderr")
-    of_humans = config.pair.policy in ("human_vs_self", "human_vs_worst")
-    if margin is None or accuracy is None or error is None or not of_humans:
+    has_moved = metrics.get("heldout_kl") != 0 or metrics.get("heldout_reward_margin") != 0
+    if margin is None or not _is_of_humans(config) or not has_moved:
+        return None
+    if accuracy is None or error is None:
         return None
     half_width = NormalDist().inv_cdf((1 + config.stop.confidence) / 2) * error
-    if accuracy - half_width > 0.5 + margin:
+    if accuracy + half_width > 0.5 + margin or accuracy - half_width < 0.5 - margin:
         return None
     return (
         f"the player tells the data from its opponent in {accuracy:.1%} (±{half_width:.1%}) of "
-        f"held-out prompts, {0.5 + margin:.1%} is as good as guessing"
+        f"held-out prompts, which is within {margin:.1%} of guessing"
     )
 
 
@@ -66,6 +92,8 @@ def _answers_alike(stop: StopConfig, metrics: Mapping[str, Any]) -> str | None:
 
 def _gains_nothing(stop: StopConfig, decisions: list[Decision]) -> str | None:
     if stop.min_gain is None or len(decisions) < stop.patience:
+        return None
+    if any(_is_alarmed(decision) for decision in decisions):
         return None
     gains = []
     for decision in decisions:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import open_artifact, read_manifest
+from stages.artifacts import InputRef, open_artifact, read_manifest
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, PointerEntry, read_pointer
@@ -116,8 +116,9 @@ def player(layout: RunLayout, iteration: int) -> Opponent:
 def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     """Return the opponent of an iteration, by what was decided in the one before it.
 
-    Once an iteration has generated, its opponent stays who it was, whatever the pointer does.
-    A player that was promoted and rolled back counts as refused.
+    Once an iteration has an artifact, its opponent stays who it was, whatever the pointer does.
+    A player that was promoted and rolled back counts as refused; one whose pointer has not moved
+    yet, since the process was killed before, as promoted.
 
     Raises:
         GateRefusedError: the player before was refused, and the recipe stops there.
@@ -127,6 +128,9 @@ def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     first = first_opponent(layout, recipe.for_iteration())
     if iteration == 0:
         return first
+    recorded = _recorded_opponent(layout, iteration)
+    if recorded is not None:
+        return _at(layout, recorded.path) if recorded.inside_run else first
     before = iteration - 1
     policy = recipe.for_iteration(before).promote.on_refusal
     out = layout.stage(before, "promote")
@@ -136,20 +140,33 @@ def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
             f"run: spin promote {layout.root} --iteration {before}"
         )
     decision = read_decision(out)
-    if not decision.promoted and policy == "stop":
-        raise _refusal(layout, before, "; ".join(decision.reasons))
-    generated = layout.stage(iteration, "generate")
-    if (generated / MANIFEST_NAME).is_file():
-        ref = read_manifest(generated).inputs["model"]
-        return _at(layout, ref.path) if ref.inside_run else first
-    champion = read_pointer(layout.champion)
     last = player(layout, before)
-    held = champion is not None and _at(layout, champion.path) == last
-    if policy == "player" or (decision.promoted and held):
+    if policy == "player" or (decision.promoted and not _is_rolled_back(layout, before)):
         return last
     if policy == "stop":
-        raise _refusal(layout, before, "it was promoted, and rolled back since")
+        undone = "it was promoted, and rolled back since"
+        why = undone if decision.promoted else "; ".join(decision.reasons)
+        raise _refusal(layout, before, why)
+    champion = _champion_before(layout, iteration)
     return first if champion is None else _at(layout, champion.path)
+
+
+def optimizer_of(layout: RunLayout, recipe: Recipe, opponent: Opponent) -> str | None:
+    """Return the player whose optimizer's state an iteration goes on from; None: it begins anew.
+
+    It is the opponent itself, so that state and weights belong together, if its own training kept
+    a state.
+    """
+    model = Path(opponent.model)
+    if not model.is_relative_to(layout.root):
+        return None
+    iteration = layout.iteration_of(layout.relative(model))
+    if iteration is None:
+        return None
+    carries = recipe.for_iteration(iteration).train.carry_optimizer
+    if (model / MANIFEST_NAME).is_file():
+        carries = read_manifest(model).config["train"].get("carry_optimizer", False)
+    return opponent.model if carries else None
 
 
 def reference_of(recipe: Recipe, iteration: int, opponent: Callable[[int], Opponent]) -> Opponent:
@@ -178,6 +195,33 @@ def replayed(recipe: Recipe, iteration: int) -> list[int]:
     """Return the iterations whose pairs are trained on again in this one, the newest first."""
     wanted = recipe.for_iteration(iteration).pair.replay.iterations
     return [iteration - age for age in range(1, min(wanted, iteration) + 1)]
+
+
+def _recorded_opponent(layout: RunLayout, iteration: int) -> InputRef | None:
+    """Return the opponent that the artifacts of an iteration name, or None where there are none."""
+    for stage in ("generate", "pair", "train", "evaluate"):
+        out = layout.stage(iteration, stage)
+        if (out / MANIFEST_NAME).is_file():
+            return read_manifest(out).inputs["opponent" if stage == "evaluate" else "model"]
+    return None
+
+
+def _is_rolled_back(layout: RunLayout, iteration: int) -> bool:
+    """Tell whether the pointer came to an iteration's player and was taken back from it."""
+    pointer = read_pointer(layout.champion)
+    if pointer is None:
+        return False
+    path = layout.relative(layout.stage(iteration, "train"))
+    was_there = any(entry.path == path and entry.decision_key for entry in pointer.history)
+    return was_there and all(entry.path != path for entry in pointer.trail())
+
+
+def _champion_before(layout: RunLayout, iteration: int) -> PointerEntry | None:
+    """Return the champion that the iterations before one have made, roll-backs undone."""
+    pointer = read_pointer(layout.champion)
+    numbered = ((layout.iteration_of(e.path), e) for e in (pointer.trail() if pointer else []))
+    earlier = [entry for number, entry in numbered if number is None or number < iteration]
+    return earlier[-1] if earlier else None
 
 
 def _before(pointer: Pointer | None, player: str) -> PointerEntry | None:

@@ -89,14 +89,15 @@ def run(
     root = run_root(out)
     model = resolve_model(inputs.model, inputs.revision, root, config.verify)
     refs = {"data": data.input_ref(root), "model": model.ref}
+    reward = find_reward(config.reward, root, config.verify, heldout=True)
+    refs |= reward.inputs if reward else {}
     opponent = None
     if inputs.opponent is not None:
         source = resolve_model(inputs.opponent, inputs.opponent_revision, root, config.verify)
         refs["opponent"] = source.ref
-        samples = _open_opponent_evaluation(inputs, source.ref, refs, root, config.verify)
-        opponent = _Opponent(source, samples)
-    reward = find_reward(config.reward, root, config.verify, heldout=True)
-    refs |= reward.inputs if reward else {}
+        evaluation = _open_opponent_evaluation(inputs, source.ref, refs, root, config)
+        theirs = evaluation.manifest.config["reward"] if evaluation else None
+        opponent = _Opponent(source, evaluation, theirs == (reward.identity if reward else None))
     plan = Plan(
         stage="evaluate",
         format_version=FORMAT_VERSION,
@@ -124,6 +125,8 @@ def run(
 class _Opponent:
     source: ModelSource
     evaluation: Artifact | None
+    same_reward: bool
+    """Whether its answers were scored there as ours are here."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
     `sampled_gain`, `sampled_gain_stderr`: by how much the player's samples have a higher reward
     than the opponent's to the same prompts, and its standard error.
     `heldout_kl`: mean of log π_opponent − log π_player over the opponent's samples, an estimate of
-    KL(opponent ‖ player) in nats a response.
+    KL(opponent ‖ player) in nats a response, where samples are drawn plainly (temperature 1).
+    `heldout_kl_stderr` is its standard error.
     `heldout_human_logratio`: mean of log π_player − log π_opponent over the human responses.
     `heldout_identical_share`: share of the opponent's samples that equal the human response.
     `heldout_length_accuracy`: how often length alone tells the two apart: the accuracy of "the
@@ -297,6 +301,7 @@ def _of_comparison(rows: Sequence[Row]) -> dict[str, float | None]:
         "heldout_reward_accuracy_stderr": _standard_error(told_apart),
         "heldout_reward_margin": _mean(margins),
         "heldout_kl": _mean(fall),
+        "heldout_kl_stderr": _standard_error(fall),
         "heldout_human_logratio": _mean(
             [r["human_logprob"] - r["opponent_human_logprob"] for r in rows]
         ),
@@ -480,7 +485,11 @@ def _opponent_samples(
     names = ["sampled_token_ids", "sampled_finish_reason", "sampled_reward"]
     file = opponent.evaluation.file("examples.parquet")
     found = {
-        row["prompt_id"]: _OpponentSample(*(row[name] for name in names))
+        row["prompt_id"]: _OpponentSample(
+            row["sampled_token_ids"],
+            row["sampled_finish_reason"],
+            row["sampled_reward"] if opponent.same_reward else None,
+        )
         for row in read_rows([file], EXAMPLES, columns=["prompt_id", *names])
     }
     missing = sum(e.prompt_id not in found for e in examples)
@@ -507,16 +516,25 @@ def _open_opponent_evaluation(
     opponent: InputRef,
     refs: dict[str, InputRef],
     root: Path | None,
-    verify: bool,
+    config: RunConfig,
 ) -> Artifact | None:
+    """Open the opponent's evaluation, if there is one whose samples were drawn as ours are."""
     if inputs.opponent_evaluation is None:
         return None
-    found = open_artifact(inputs.opponent_evaluation, stages=("evaluate",), verify=verify)
+    found = open_artifact(inputs.opponent_evaluation, stages=("evaluate",), verify=config.verify)
     if found.manifest.inputs["model"].key != opponent.key:
         raise InputError(
             f"{found.path} evaluates another model than {inputs.opponent}; "
             "give the opponent's own evaluation, or leave out --opponent-evaluation"
         )
+    ours = {"evaluate": config.evaluate.identity(), "chat": config.chat.identity()}
+    differing = [name for name, mine in ours.items() if found.manifest.config[name] != mine]
+    if differing:
+        _log.info(
+            "%s was made with other settings (%s): the opponent answers anew",
+            found.path, " and ".join(differing),
+        )  # fmt: skip
+        return None
     refs["opponent_evaluation"] = found.input_ref(root)
     return found
 

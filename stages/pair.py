@@ -108,12 +108,23 @@ def run(config: RunConfig, inputs: PairInputs, out: Path) -> Manifest:
         config={
             "seed": config.seed,
             "iteration": inputs.iteration,
-            "pair": config.pair.identity(),
+            "pair": _what_decides(config.pair, inputs.iteration),
         },
         inputs=job.refs(root),
         fingerprints=fingerprints,
     )
     return produce(out, plan, lambda space: _fill(space, config, model, job))
+
+
+def _what_decides(config: PairConfig, iteration: int) -> dict[str, Any]:
+    """Return the settings that decide the pairs of an iteration.
+
+    Those of replay do not before there is anything to replay.
+    """
+    settings = config.identity()
+    reached = min(config.replay.iterations, iteration)
+    settings["replay"] = {**settings["replay"], "iterations": reached} if reached else None
+    return settings
 
 
 def _open(config: RunConfig, inputs: PairInputs, fingerprints: Mapping[str, str]) -> _Job:

@@ -2,7 +2,8 @@
 
 A value comes from, in rising order of strength: the schema's default, the recipe file, the
 recipe's `iterations` blocks for the iteration, wider ones first (`2+`, then `2-3`, then `2`), and
-`section.key=value` overrides. `shrink`, where it is asked for, is merged over file and blocks.
+`section.key=value` overrides. `shrink`, where it is asked for, is merged over the file, and its own
+`iterations` over the file's.
 """
 
 import difflib
@@ -20,6 +21,8 @@ from stages.config import RunConfig
 from stages.errors import ConfigError
 
 RECIPE_SCHEME = "recipe://"
+OF_THE_RUN = ("name", "model", "chat", "prepare", "sft", "evaluate", "stop")
+"""What no iteration changes."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,16 @@ def _blocks(content: dict[str, Any], source: str) -> dict[Span, dict[str, Any]]:
                 f"{where}.{text}: iterations are numbered 0, 1, 2, …; 1-2 are several, 2+ is that "
                 "and all after"
             ) from None
+        if span in blocks:
+            raise ConfigError(f"{where}.{text}: these iterations stand there twice; merge the two")
         blocks[span] = _mapping(block, f"{where}.{text}")
+        for section in OF_THE_RUN:
+            if section in blocks[span]:
+                raise ConfigError(
+                    f"{where}.{text}.{section}: {section} holds for the whole run, or iterations "
+                    f"could not be compared; move it out of `iterations` (so do "
+                    f"{', '.join(name for name in OF_THE_RUN if name != section)})"
+                )
     return blocks
 
 

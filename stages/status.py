@@ -63,6 +63,8 @@ def _iteration(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, A
     pool = range(1, min(config.generate.pool.size, iteration) + 1)
     places |= {f"pool-{member}": layout.pool(iteration, member) for member in pool}
     stages = {name: stage_state(place) for name, place in places.items()}
+    if stages["pair"]["state"] == "done":  # the pool that it was made with counts
+        stages = {n: s for n, s in stages.items() if n[:5] != "pool-" or s["state"] != "missing"}
     if not config.pair.needs_rewards and stages["reward"]["state"] == "missing":
         del stages["reward"]
     metrics = _evaluation(layout.stage(iteration, "evaluate"))

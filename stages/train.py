@@ -15,6 +15,7 @@ from stages.artifacts import (
     Workspace,
     open_artifact,
     produce,
+    read_batches,
     run_root,
 )
 from stages.artifacts.tables import Row
@@ -186,6 +187,8 @@ def _fill(space: Workspace, config: RunConfig, found: _Found, plan: Plan) -> Out
         from stages.model.adapters import require_peft
 
         require_peft()
+    if config.train.loss == "sppo":
+        _check_win_probabilities(found.pairs)
     pairs, scratch = found.pairs, space.path / "rows.scratch"
     store, too_long = build_store(
         pairs.files("part-"),
@@ -232,6 +235,22 @@ def _fill(space: Workspace, config: RunConfig, found: _Found, plan: Plan) -> Out
         peak_memory_bytes=report.used.peak_memory_bytes,
         volatile=frozenset({"timings.parquet"}),
     )
+
+
+def _check_win_probabilities(pairs: Artifact) -> None:
+    """Check that every pair has what the sppo loss is told; replayed pairs may have none.
+
+    Raises:
+        InputError: one has not.
+    """
+    batches = read_batches(pairs.files("part-"), SCORED_PAIRS, columns=["win_probability"])
+    missing = sum(batch["win_probability"].null_count for batch in batches)
+    if missing:
+        raise InputError(
+            f"{pairs.path}: {missing} pairs have no win probability, which train.loss=sppo needs; "
+            "set pair.win_probability in all iterations whose pairs are trained on, and run pair "
+            "again"
+        )
 
 
 def _verified_state(found: _Found) -> Path | None:

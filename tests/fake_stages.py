@@ -88,9 +88,10 @@ def run_stage(stage: str, config: RunConfig, inputs: Inputs, out: Path) -> Manif
             hook(stage, out)
         calls.append(f"{out.parent.name}/{stage}")
         write_object(workspace.file("config.json"), {"key": plan.key})
-        if stage == "evaluate":
-            write_object(workspace.file("metrics.json"), evaluation(refs))
         metrics = {"identical_share": 0.5} if stage == "pair" else {}
+        if stage == "evaluate":
+            metrics = evaluation(refs)
+            write_object(workspace.file("metrics.json"), metrics)
         return Outcome(counts={"rows": 3}, metrics=metrics)
 
     return produce(out, plan, fill)
@@ -108,6 +109,8 @@ def evaluation(refs: dict[str, InputRef]) -> dict[str, Any]:
             "heldout_reward_accuracy_stderr": 0.01,
             "heldout_reward_margin": 1.5,
             "heldout_kl": divergence_by_model.get(path, 4.0),
+            "heldout_kl_stderr": 0.0,
+            "heldout_identical_share": 0.5,
         }
     return metrics
 

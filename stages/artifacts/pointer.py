@@ -47,6 +47,16 @@ class Pointer(BaseModel):
     key: str
     history: list[PointerEntry]
 
+    def trail(self) -> list[PointerEntry]:
+        """Return the targets that lead to the present one: roll-backs undone, no two in a row."""
+        trail: list[PointerEntry] = []
+        for entry in self.history:
+            if entry.decision_key is None:
+                del trail[-1:]
+            elif not trail or (trail[-1].path, trail[-1].key) != (entry.path, entry.key):
+                trail.append(entry)
+        return trail
+
     def to_text(self) -> str:
         """Return the canonical text that is stored, its own hash included."""
         return sealed_text(self.model_dump(mode="json"), _HASH_NAME)
@@ -153,7 +163,7 @@ def roll_back(path: Path) -> Pointer:
         pointer = read_pointer(path)
         if pointer is None:
             raise InputError(f"{path} does not exist, so nothing was promoted; nothing to undo")
-        trail = _trail(pointer.history)
+        trail = pointer.trail()
         if len(trail) < 2:
             raise InputError(
                 f"{path} points to {pointer.path}, and no other was promoted before it; "
@@ -174,17 +184,6 @@ def roll_back(path: Path) -> Pointer:
             at=now,
         )
         return _write(path, [*pointer.history, entry])
-
-
-def _trail(history: list[PointerEntry]) -> list[PointerEntry]:
-    """Return the targets that lead to the present one, roll-backs undone, no two alike in a row."""
-    trail: list[PointerEntry] = []
-    for entry in history:
-        if entry.decision_key is None:
-            del trail[-1:]
-        elif not trail or (trail[-1].path, trail[-1].key) != (entry.path, entry.key):
-            trail.append(entry)
-    return trail
 
 
 def _write(path: Path, history: list[PointerEntry]) -> Pointer:

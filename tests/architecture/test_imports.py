@@ -46,8 +46,17 @@ ALLOWED = {
     "status": BASE | OF_A_RUN | {"convergence"},
     "verify": BASE | OF_A_RUN,
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},
-    "spin_cli": BASE | STAGES | OF_A_RUN | {
-        "adaptation", "convergence", "engines", "progress", "status", "transfer", "verify",
+    "spin_cli": BASE
+    | STAGES
+    | OF_A_RUN
+    | {
+        "adaptation",
+        "convergence",
+        "engines",
+        "progress",
+        "status",
+        "transfer",
+        "verify",
     },
 }
 

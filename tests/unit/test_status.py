@@ -70,6 +70,8 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "heldout_reward_accuracy_stderr": 0.01,
         "heldout_reward_margin": 1.5,
         "heldout_kl": 4.0,
+        "heldout_kl_stderr": 0.0,
+        "heldout_identical_share": 0.5,
     }
     assert row["decision"]["promoted"] is True
     json.dumps(found, allow_nan=False)
