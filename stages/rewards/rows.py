@@ -124,6 +124,8 @@ class _Child:
     is_mute: bool = False
     """Its output is closed."""
     heard_at: float = field(default_factory=time.monotonic)
+    has_taken: bool = False
+    """It took some of what it was given since it was idle."""
 
     def send(self, message: Any) -> None:
         """Send a message, now or in `write`."""
@@ -136,6 +138,7 @@ class _Child:
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             while self.unsent:
                 sent = self.socket.send(self.unsent)
+                self.has_taken = True
                 del self.unsent[:sent]
 
     def read(self) -> list[Any]:
@@ -181,12 +184,12 @@ class _Child:
             self.is_mute = True
 
     def _ended(self) -> _EndedError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(GRACE_S)
+        is_over = self._is_over()
         self.read_output()
-        status = self.popen.poll()
-        if status is None:
+        if not is_over:
             return _EndedError("failed", "it closed the connection to us")
+        self._kill()
+        status = self.popen.wait()
         if status == -signal.SIGXCPU:
             return _EndedError("too_costly", "it takes too long, and was stopped")
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
@@ -194,11 +197,25 @@ class _Child:
         said = f"; its last words: {printed}" if printed else ""
         return _EndedError("failed", f"its process ended with {name}{said}")
 
+    def _is_over(self) -> bool:
+        """Tell whether the process ends within the grace, and leave its number taken if so."""
+        deadline = time.monotonic() + GRACE_S
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while os.waitid(os.P_PID, self.popen.pid, options) is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def _kill(self) -> None:
+        """End the process's group, which outlives it; not once its number may be another's."""
+        if self.popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End the process, and those that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.popen.poll() is None:
-                os.killpg(self.popen.pid, signal.SIGKILL)
+        self._kill()
         self.popen.wait()
         assert self.popen.stdout is not None
         self.popen.stdout.close()
@@ -269,8 +286,9 @@ class RowPool:
     def _give(self, child: _Child, item: tuple[int, Row]) -> None:
         if not child.pending:
             child.heard_at = time.monotonic()  # it owed nothing until now
+            child.has_taken = False
         child.pending.append(item)
-        child.send(item[1])
+        child.send(item)
 
     def _exchange(self) -> dict[int, Score]:
         """Wait until something can be read or written, and do it; return what was scored."""
@@ -282,26 +300,35 @@ class RowPool:
         poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
         done: dict[int, Score] = {}
         for number, child in enumerate(self._children):
-            child.write()
+            if child.unsent:
+                child.write()
+                if not child.unsent:
+                    child.heard_at = time.monotonic()  # it had not all of a row until now
             try:
-                done |= self._hear(child)
+                self._hear(child, done)
             except _EndedError as error:
                 done |= self._replace(number, error)
         return done
 
-    def _hear(self, child: _Child) -> dict[int, Score]:
-        done: dict[int, Score] = {}
-        for message in child.read():
-            index, _ = child.pending.popleft()
-            done[index] = Unscored(*message) if isinstance(message, list) else float(message)
+    def _hear(self, child: _Child, done: dict[int, Score]) -> None:
+        """Put what it says into `done`, up to where it raises an `_EndedError`."""
+        messages = child.read()
+        for message in messages:
+            index, result = message
+            if not child.pending or child.pending[0][0] != index:
+                raise _EndedError("failed", "its process answered for another row")
+            child.pending.popleft()
+            done[index] = Unscored(*result) if isinstance(result, list) else float(result)
             self._ends = 0
         silence_s = time.monotonic() - child.heard_at
-        if not done and child.pending and silence_s > self._job.silence_s:
+        if not messages and child.pending and silence_s > self._job.silence_s:
             raise _EndedError("too_costly", f"it takes more than {self._job.limit_s:g} s")
-        return done
 
     def _replace(self, number: int, error: _EndedError) -> dict[int, Score]:
         """Start a process anew; the row that it was at has no score, the others are given again.
+
+        One that ended while it was idle was at no row.
+
 
         Raises:
             EngineError: this has happened too often.
@@ -309,17 +336,20 @@ class RowPool:
         child = self._children[number]
         self._ends += 1
         child.close()
-        if self._ends >= MOST_ENDS or not child.pending:
+        if self._ends >= MOST_ENDS:
             raise EngineError(
                 f"reward {self._job.kind}: its process ended {self._ends} times without a score in "
                 f"between ({error}); mend what it runs"
             )
-        index, _ = child.pending.popleft()
+        done: dict[int, Score] = {}
+        if child.pending and child.has_taken:
+            index, _ = child.pending.popleft()
+            done[index] = Unscored(error.reason, str(error))  # type: ignore[arg-type]
         new = self._children[number] = self._start()
         self._wait_until_ready(new)
         for item in child.pending:
             self._give(new, item)
-        return {index: Unscored(error.reason, str(error))}  # type: ignore[arg-type]
+        return done
 
     def _start(self) -> _Child:
         ours, theirs = socket.socketpair()

@@ -130,6 +130,12 @@ def test_no_hostile_text_breaks_math_or_regex() -> None:
         ({"pattern": r"\d+", "compare": "human"}, "22", "none",
          Unscored("no_score", "the pattern is not found in the human response")),
         ({"pattern": r"(a)|b", "compare": "human"}, "b", "a", 0.0),
+        ({"pattern": r"\d*", "compare": "human"}, "it is 7", "so 7.", 1.0),
+        ({"pattern": r"\d*", "compare": "human"}, "none", "so 7.", 0.0),
+        ({"pattern": r"\d*", "compare": "human"}, "none", "nothing",
+         Unscored("no_score", "the pattern is not found in the human response")),
+        ({"pattern": r"Answer:(.*)", "compare": "human"}, "Answer: ", "Answer: ",
+         Unscored("no_score", "the pattern is not found in the human response")),
     ],
 )  # fmt: skip
 def test_a_regular_expression_is_found_or_finds_the_same(
@@ -223,6 +229,72 @@ def test_a_function_that_never_ends_costs_its_time_limit(tmp_path: Path, body: s
     found = score(config, ("good", ""), ("bad", ""), ("good", ""))
     assert found == [1.0, Unscored("too_costly", "it takes more than 1 s"), 1.0]
     assert time.monotonic() - began < 45  # it sleeps for 60
+
+
+@pytest.mark.parametrize(
+    "leave", ["raise SystemExit(0)", "return -1", "os._exit(0)"], ids=["exits", "returns", "ends"]
+)
+def test_a_function_that_forks_answers_each_row_once(tmp_path: Path, leave: str) -> None:
+    body = f"import os\nif (pid := os.fork()) == 0:\n    {leave}\nos.waitpid(pid, 0)\n"
+    config = python(tmp_path, body + "return int(response)")
+    assert score(config, *[(str(n), "") for n in range(40)]) == [float(n) for n in range(40)]
+
+
+def test_a_file_that_forks_is_one_process(tmp_path: Path) -> None:
+    config = python(tmp_path, "return int(response)")
+    file = Path(config.python.file or "")
+    file.write_text("import os\nos.fork()\n" + file.read_text())
+    assert score(config, *[(str(n), "") for n in range(40)]) == [float(n) for n in range(40)]
+
+
+def test_an_answer_for_another_row_is_not_taken(tmp_path: Path) -> None:
+    body = (
+        "import json, os, socket, sys\n"
+        "data = json.dumps([int(response) + 1, 9.0]).encode()\n"
+        "if response == '3':\n"
+        "    os.write(int(sys.argv[1]), len(data).to_bytes(8, 'big') + data)\n"
+        "return int(response)"
+    )
+    found = score(python(tmp_path, body), *[(str(n), "") for n in range(6)])
+    assert found.pop(3) == Unscored("failed", "its process answered for another row")
+    assert found == [0.0, 1.0, 2.0, 4.0, 5.0]
+
+
+def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
+    body = (
+        "import os, subprocess\n"
+        f"child = subprocess.Popen(['sleep', '300'])\nopen({str(tmp_path / 'pid')!r}, 'w')"
+        ".write(str(child.pid))\nos._exit(0)"
+    )
+    [found] = score(python(tmp_path, body), ("a", ""))
+    assert isinstance(found, Unscored)
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    deadline = time.monotonic() + 10
+    while is_running(status) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(status)
+
+
+def is_running(status: Path) -> bool:
+    """Tell it of a process that nobody may reap in a container."""
+    try:
+        return "State:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_a_process_that_ends_while_it_is_idle_costs_no_row(is_seen: bool) -> None:
+    pool = RowPool(Job("regex", {"pattern": "a", "compare": "found"}, 1.0), 2 if is_seen else 1)
+    try:
+        for _ in range(3):
+            assert list(pool.scores([["a", ""]])) == [1.0]
+            for pid in pool.pids[-1:]:
+                os.kill(pid, 9)
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert list(pool.scores([["a", ""], ["b", ""], ["a", ""]])) == [1.0, 0.0, 1.0]
+    finally:
+        pool.close()
 
 
 def test_what_a_function_prints_stays_out_of_our_output(
