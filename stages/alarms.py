@@ -169,6 +169,13 @@ RULES = (
         "(alarm from {threshold})",
     ),
     Rule(
+        "unscored_rise",
+        "evaluate",
+        _rise("sampled_unscored_share", "opponent_unscored_share"),
+        "the share of sampled answers without a score rose by {value} over the opponent's, and "
+        "accuracy leaves them out (alarm from {threshold})",
+    ),
+    Rule(
         "divergence",
         "evaluate",
         _divergence,

@@ -86,11 +86,17 @@ def _check_pattern(value: str) -> str:
     return value
 
 
+_SECRET = re.compile(r"(?i)(?:key|token|secret|passw|auth|sig)[^=&]*=")
+"""A query that looks as if it held one."""
+
+
 def _check_url(value: str | None) -> str | None:
     parts = urlsplit(value) if value is not None else None
     if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
         raise ValueError("give an http:// or https:// address, such as http://localhost:8000/v1")
     if parts is not None and "@" in parts.netloc:
+        raise ValueError("a URL is written into the run; put the key where api_key_env points")
+    if parts is not None and _SECRET.search(parts.query + parts.fragment):
         raise ValueError("a URL is written into the run; put the key where api_key_env points")
     return value
 
@@ -528,8 +534,7 @@ class JudgeRewardConfig(_Section):
     timeout_s: Positive = _place(120.0)
     """Seconds that one reply may take."""
     retries: int = Field(5, ge=0, json_schema_extra={"identity": False})
-    """How often a comparison is asked again: where the server is busy or fails, and, with another
-    seed, where the reply holds no verdict."""
+    """How often a request is sent again where the server is busy, fails or cannot be reached."""
     concurrency: Count = _place(8)
     """Comparisons that are asked at a time."""
 
@@ -805,6 +810,8 @@ class AlarmsConfig(_Section):
     accuracy_drop: AlarmConfig = AlarmConfig(threshold=3.0, action="refuse")
     """evaluate: fall of the sampled answers' mean reward below the opponent's, in standard
     errors."""
+    unscored_rise: AlarmConfig = AlarmConfig(threshold=0.05, action="refuse")
+    """evaluate: rise of the share of answers without a score, which accuracy leaves out."""
     divergence: AlarmConfig = AlarmConfig(threshold=0.25, action="note")
     """evaluate: nats a token that the player is from its opponent, on the opponent's answers."""
     heldout_saturated: AlarmConfig = AlarmConfig(threshold=0.99, action="note")

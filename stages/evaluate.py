@@ -96,8 +96,8 @@ def run(
         source = resolve_model(inputs.opponent, inputs.opponent_revision, root, config.verify)
         refs["opponent"] = source.ref
         evaluation = _open_opponent_evaluation(inputs, source.ref, refs, root, config)
-        theirs = evaluation.manifest.config["reward"] if evaluation else None
-        opponent = _Opponent(source, evaluation, theirs == (reward.identity if reward else None))
+        same_reward = evaluation is not None and _is_scored_by(reward, evaluation.manifest)
+        opponent = _Opponent(source, evaluation, same_reward)
     plan = Plan(
         stage="evaluate",
         format_version=FORMAT_VERSION,
@@ -216,7 +216,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
 
     Of the player, and where it was compared of the opponent, whose names begin with `opponent_`
     instead of `sampled_`:
-    `sampled_accuracy`, `greedy_accuracy`: mean reward, where there is one.
+    `sampled_accuracy`, `greedy_accuracy`: mean reward of the answers that have one, where any has;
+    `sampled_unscored_share`, `greedy_unscored_share`: share of those that have none.
     `sampled_cut_off_share`, `sampled_empty_share` (nothing but white space), `sampled_mean_tokens`
     (the end token included).
     `sampled_repeated_share`: share of a response's 4-grams of tokens that stood earlier in it, mean
@@ -264,7 +265,12 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
 
 def _accuracy(name: str, rewards: Sequence[float | None]) -> dict[str, float | None]:
     known = [reward for reward in rewards if reward is not None]
-    return {f"{name}_accuracy": _mean(known)} if known else {}
+    if not known:
+        return {}
+    return {
+        f"{name}_accuracy": _mean(known),
+        f"{name}_unscored_share": 1 - len(known) / len(rewards),
+    }
 
 
 def _gain(rows: Sequence[Row]) -> dict[str, float | None]:
@@ -301,7 +307,7 @@ def _of_comparison(rows: Sequence[Row]) -> dict[str, float | None]:
         "heldout_reward_accuracy_stderr": _standard_error(told_apart),
         "heldout_reward_margin": _mean(margins),
         "heldout_kl": _mean(fall),
-        "heldout_kl_stderr": _standard_error(fall),
+        "heldout_kl_stderr": _standard_error(fall) if len(fall) > 1 else None,
         "heldout_human_logratio": _mean(
             [r["human_logprob"] - r["opponent_human_logprob"] for r in rows]
         ),
@@ -530,13 +536,22 @@ def _open_opponent_evaluation(
     ours = {"evaluate": config.evaluate.identity(), "chat": config.chat.identity()}
     differing = [name for name, mine in ours.items() if found.manifest.config[name] != mine]
     if differing:
-        _log.info(
-            "%s was made with other settings (%s): the opponent answers anew",
-            found.path, " and ".join(differing),
+        _log.warning(
+            "%s was made with other settings (%s): the opponent answers anew, and its answers have "
+            "no reward to compare with (alarm accuracy_drop)", found.path, " and ".join(differing),
         )  # fmt: skip
         return None
     refs["opponent_evaluation"] = found.input_ref(root)
     return found
+
+
+def _is_scored_by(reward: RewardSource | None, evaluation: Manifest) -> bool:
+    """Tell whether an evaluation's answers were scored by this very reward."""
+    if reward is None or evaluation.config["reward"] != reward.identity:
+        return False
+    theirs = {name: evaluation.inputs.get(name) for name in reward.inputs}
+    ours = {name: (ref.key, ref.content) for name, ref in reward.inputs.items()}
+    return ours == {name: ref and (ref.key, ref.content) for name, ref in theirs.items()}
 
 
 def _engine(config: RunConfig) -> Any:

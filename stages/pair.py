@@ -31,8 +31,9 @@ from stages.config import PairConfig, RunConfig
 from stages.data.ahead import ahead
 from stages.data.aligned import SortedTable, aligned
 from stages.data.chat import Renderer, chat_fingerprints, make_renderer
+from stages.data.draw import drawn_number
 from stages.data.pair_report import PairReport
-from stages.data.pair_rows import Replay, Sides, draw
+from stages.data.pair_rows import Replay, Sides
 from stages.data.pairing import Floats, Ints, Rule
 from stages.data.rows import DROPPED, GENERATIONS, PAIRS, PROMPTS, REWARDS
 from stages.errors import ConfigError, CorruptError, InputError
@@ -142,6 +143,7 @@ def _open(config: RunConfig, inputs: PairInputs, fingerprints: Mapping[str, str]
         if inputs.rewards is None:
             raise ConfigError(f"pair.policy={config.pair.policy} needs rewards; give --rewards")
         [rewards] = opened([inputs.rewards], "reward")
+        _check_belong(rewards, "data", data.manifest.key)
         for number, artifact in enumerate(generations):
             _check_belong(rewards, _numbered("generations", number), artifact.manifest.key)
     replay = opened(inputs.replay, "pair")
@@ -307,7 +309,7 @@ class _Pairer:
             samples["prompt_id"].to_pylist(), samples["sample_index"].to_pylist(), strict=True
         )
         seed, iteration = self._job.seed, self._job.iteration
-        return np.array([draw("pair", seed, iteration, *one) for one in which], np.uint64)
+        return np.array([drawn_number("pair", seed, iteration, *one) for one in which], np.uint64)
 
 
 def _samples(chunk: _Chunk) -> pa.Table:

@@ -36,6 +36,10 @@ FORMAT_VERSION = 1
 _MADE_FROM = {"train": "pairs", "score": "pairs", "pair": "generations"}
 """Stage → how the names of those inputs begin that lead back to where its rows were made."""
 _ROUNDING = 1e-9  # 0.3 - 0.2 < 0.1 in binary, and a gate means decimal numbers
+_MEASURE = ("evaluate", "chat", "reward")
+"""Settings that decide what an evaluation's metrics mean."""
+_MEASURED_BY = ("data", "reward_model")
+"""Likewise inputs."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
 
     def fill(workspace: Workspace) -> Outcome:
         manifests = [evaluation.manifest, *_way_to(player, root)]
+        if champion is not None and gate.min_gain is not None:
+            _check_same_measure(evaluation, champion)
         decision = decide(
             gate,
             read_object(evaluation, METRICS),
@@ -169,6 +175,27 @@ def rollback(layout: RunLayout) -> tuple[str, Pointer]:
     now = roll_back(layout.champion)
     assert before is not None, "a roll-back needs a pointer"
     return before.path, now
+
+
+def _check_same_measure(evaluation: Artifact, champion: Artifact) -> None:
+    """Check that the player and the champion were asked and scored alike.
+
+    Raises:
+        InputError: they were not, so their difference would be no gain.
+    """
+    mine, theirs = evaluation.manifest, champion.manifest
+    differing = [n for n in _MEASURE if mine.config.get(n) != theirs.config.get(n)]
+    keys = [
+        {name: (ref.key, ref.content) for name, ref in each.inputs.items() if name in _MEASURED_BY}
+        for each in (mine, theirs)
+    ]
+    differing += [name for name in _MEASURED_BY if keys[0].get(name) != keys[1].get(name)]
+    if differing:
+        raise InputError(
+            f"{champion.path} was made with another {' and '.join(differing)} than "
+            f"{evaluation.path}, so there is no gain to tell; evaluate the champion in the same "
+            "way, or set promote.min_gain=null"
+        )
 
 
 def _player(evaluation: Artifact, root: Path) -> InputRef:

@@ -78,6 +78,12 @@ def run(config: RunConfig, inputs: RewardInputs, out: Path) -> Manifest:
         open_artifact(place, stages=("generate",), verify=config.verify)
         for place in inputs.generations
     ]
+    for artifact in generations:
+        if artifact.manifest.inputs["data"].key != data.manifest.key:
+            raise InputError(
+                f"{artifact.path} was made from another data than {data.path}; give the data that "
+                "it was made from, or run generate again"
+            )
     root = run_root(out)
     source = find_reward(config.reward, root, config.verify)
     if source is None:
@@ -300,7 +306,7 @@ def summary(rewards: Sequence[float]) -> dict[str, float]:
     import numpy as np
 
     values = np.asarray(rewards)
-    quantiles = np.quantile(values, QUANTILES).tolist()
+    quantiles = np.quantile(values, QUANTILES, method="inverted_cdf").tolist()
     named = {f"reward_p{round(100 * q)}": v for q, v in zip(QUANTILES, quantiles, strict=True)}
     return {
         "mean_reward": float(values.mean()),

@@ -1,6 +1,7 @@
 """A judge behind a URL of this machine, whose behaviour a test decides."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,18 +13,17 @@ Answer = Callable[[dict[str, Any], int], "tuple[int, dict[str, str], bytes]"]
 """(request's body, number of requests before) → status, headers, body."""
 
 
-def says(text: str) -> tuple[int, dict[str, str], bytes]:
-    body = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+def says(text: str, finish: str = "stop") -> tuple[int, dict[str, str], bytes]:
+    message = {"role": "assistant", "content": text}
+    body = {"choices": [{"message": message, "finish_reason": finish}]}
     return 200, {}, json.dumps(body).encode()
 
 
 def shown(body: dict[str, Any]) -> tuple[str, str]:
     """The two answers in a request, by our own template."""
     text = body["messages"][0]["content"]
-    first, second = (
-        text.split(f"[Answer {name} begins]\n")[1].split(f"\n[Answer {name} ends]")[0]
-        for name in "AB"
-    )
+    found = dict(re.findall(r"(?s)\[Answer ([AB]) begins (\w+\]\n.*?)\n\[Answer \1 ends", text))
+    first, second = (found[name].split("\n", 1)[1] for name in "AB")
     return first, second
 
 

@@ -68,7 +68,8 @@ class Made:
             for k, (_, reward) in enumerate(prompts[i][1])
             if reward is not None
         ]
-        self._produce(self.rewards, "reward", {"rewards.parquet": (REWARDS, scored)}, inputs)
+        files_of_rewards = {"rewards.parquet": (REWARDS, scored)}
+        self._produce(self.rewards, "reward", files_of_rewards, {**data, **inputs})
         return self
 
     def _samples(self, prompt_id: str, group: Group) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from stages.config import PairConfig
 from stages.data.chat import RowRefusedError
-from stages.data.pair_rows import Sides, draw
+from stages.data.draw import drawn_number as draw
+from stages.data.pair_rows import Sides
 from stages.data.pairing import Rule
 from stages.data.rows import GENERATIONS
 

@@ -14,7 +14,13 @@ import numpy as np
 from stages.artifacts.keys import sha256_text
 
 _HASH_BYTES = 8
-_HASHES = float(2 ** (8 * _HASH_BYTES))
+NUMBERS = float(2 ** (8 * _HASH_BYTES))
+"""How many numbers a draw can give: 0, 1, … below this."""
+
+
+def drawn_number(*what: object) -> int:
+    """Return a number below `NUMBERS` that depends on nothing but `what`."""
+    return int(sha256_text("/".join(map(str, what)))[: 2 * _HASH_BYTES], 16)
 
 
 def smallest_by_hash(ids: Iterable[str], count: int, salt: str) -> set[str]:
@@ -63,7 +69,7 @@ def parts(hashes: np.ndarray, share: float, members: int) -> np.ndarray:
 
     By each hash alone: sizes are right on average, and no id changes its part with the others.
     """
-    place = hashes / _HASHES
+    place = hashes / NUMBERS
     member = 1 + np.minimum(place * (members / share), members - 1).astype(np.int64)
     return np.where(place < share, member, 0)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.artifacts.keys import sha256_text
 from stages.config import PairConfig
 from stages.data.chat import Renderer, RowRefusedError
 from stages.data.columns import list_column
+from stages.data.draw import NUMBERS, drawn_number
 from stages.data.pairing import (
     Candidates,
     Floats,
@@ -26,13 +26,6 @@ from stages.data.pairing import (
     repeats,
 )
 from stages.data.rows import DROPPED, PAIRS
-
-_DRAW_RANGE = 2**64
-
-
-def draw(*what: object) -> int:
-    """Return a number in [0, 2**64) that depends on nothing but `what`."""
-    return int(sha256_text("/".join(map(str, what)))[:16], 16)
 
 
 @dataclass(frozen=True)
@@ -222,10 +215,10 @@ class Replay:
             return np.ones(rows.num_rows, bool)
         columns = (rows[name].to_pylist() for name in ("iteration", "prompt_id", "pair_index"))
         draws = (
-            draw("replay", self.seed, self.iteration, *which)
+            drawn_number("replay", self.seed, self.iteration, *which)
             for which in zip(*columns, strict=True)
         )
-        return np.array([number < share * _DRAW_RANGE for number in draws], bool)
+        return np.array([drawn < share * NUMBERS for drawn in draws], bool)
 
 
 def _not_replayed(rows: pa.Table, reason_N: Words) -> pa.Table:

@@ -152,11 +152,11 @@ def test_a_prompt_that_two_answer_is_refused(make: Make) -> None:
 
 def test_rewards_of_other_generations_are_refused(make: Make) -> None:
     made, other = make(many(9)), make(many(12), folder="other")
-    made.rewards = other.rewards
-    with pytest.raises(InputError, match="was made from another generations than the one given"):
+    own, made.rewards = made.rewards, other.rewards
+    with pytest.raises(InputError, match="reward was made from another data than the one given"):
         run(made, "pair", **RANKED)
     pooled = make(many(9), folder="pool", parts=[sorted(many(9))[:4], sorted(many(9))[4:]])
-    pooled.rewards = made.rewards
+    pooled.rewards = own
     with pytest.raises(InputError, match="was made from another generations"):
         run(pooled, "pair", **RANKED)
     made.rewards = None  # type: ignore[assignment]

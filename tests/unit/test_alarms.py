@@ -26,6 +26,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "opponent_entropy": 0.11,
         "opponent_mean_tokens": 23.0,
         "opponent_repeated_share": 0.02,
+        "opponent_unscored_share": 0.0,
         "sampled_cut_off_share": 0.01,
         "sampled_empty_share": 0.0,
         "sampled_entropy": 0.05,
@@ -33,6 +34,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "sampled_gain_stderr": 0.013,
         "sampled_mean_tokens": 26.0,
         "sampled_repeated_share": 0.02,
+        "sampled_unscored_share": 0.0,
     },
 }
 STAGE_OF = {rule.name: rule.stage for rule in RULES}
@@ -78,6 +80,7 @@ def test_a_healthy_iteration_fires_nothing(stage: str) -> None:
         ("repeated_rise", {"sampled_repeated_share": 0.5}, 0.48),
         ("cut_off_rise", {"sampled_cut_off_share": 0.9}, 0.85),
         ("empty_rise", {"sampled_empty_share": 0.2}, 0.19),
+        ("unscored_rise", {"sampled_unscored_share": 0.5}, 0.5),
     ],
 )
 def test_each_alarm_fires_on_its_own_sign_alone(

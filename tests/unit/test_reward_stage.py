@@ -48,7 +48,11 @@ def make_data(place: Path, humans: Sequence[str], split: str = "train") -> Path:
     return place
 
 
-def make_generations(place: Path, answers: Answers, first_index: int = 0) -> Path:
+def make_generations(
+    place: Path, answers: Answers, first_index: int = 0, data: Path | None = None
+) -> Path:
+    """Answer the prompts of the data that lies beside, if no other is given."""
+
     def fill(space: Workspace) -> Outcome:
         with TableWriter(space.file("part-00000.parquet"), GENERATIONS) as table:
             for number, samples in sorted(answers.items()):
@@ -60,7 +64,8 @@ def make_generations(place: Path, answers: Answers, first_index: int = 0) -> Pat
         return Outcome(counts={})
 
     content = {str(number): list(samples) for number, samples in answers.items()}
-    produce(place, Plan("generate", 1, content, {}), fill)
+    of = open_artifact(data or place.parent / "data").input_ref(None)
+    produce(place, Plan("generate", 1, content, {"data": of}), fill)
     return place
 
 
@@ -92,7 +97,7 @@ def test_samples_have_a_score_or_a_reason(tmp_path: Path, caplog: pytest.LogCapt
     assert made.counts == {"samples": 6, "rows": 4, "dropped_no_score": 2}
     assert made.metrics == {
         "mean_reward": 0.5, "reward_min": 0.0, "reward_p10": 0.0, "reward_p25": 0.0,
-        "reward_p50": 0.5, "reward_p75": 1.0, "reward_p90": 1.0, "reward_max": 1.0,
+        "reward_p50": 0.0, "reward_p75": 1.0, "reward_p90": 1.0, "reward_max": 1.0,
         "decided_share": pytest.approx(2 / 3),
     }  # fmt: skip
     assert sorted(f.path for f in made.files) == ["dropped.parquet", "rewards.parquet"]
@@ -155,6 +160,15 @@ def test_samples_to_prompts_that_the_data_lacks_are_refused(tmp_path: Path) -> N
     data = make_data(tmp_path / "data", ["a"] * 2)
     generations = make_generations(tmp_path / "generate", {1: ["a"], 2: ["a", "b"]})
     with pytest.raises(InputError, match="2 of 3 samples answer prompts that .*data does not hold"):
+        run(tmp_path / "reward", data, generations, name="exact")
+
+
+def test_samples_of_other_data_are_refused_before_any_is_scored(tmp_path: Path) -> None:
+    """The same prompts with other human answers have the same ids."""
+    data = make_data(tmp_path / "data", ["Paris"])
+    make_data(tmp_path / "other", ["Rome"])
+    generations = make_generations(tmp_path / "generate", {0: ["Rome"]}, data=tmp_path / "other")
+    with pytest.raises(InputError, match="generate was made from another data than .*data; give"):
         run(tmp_path / "reward", data, generations, name="exact")
 
 
