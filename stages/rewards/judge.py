@@ -6,6 +6,7 @@ tie is half a win. Equal answers are a tie that nobody is asked about.
 
 import hashlib
 import itertools
+import json
 import os
 import queue
 import re
@@ -19,12 +20,16 @@ from typing import Any
 from stages.config import JUDGE_FIELDS, JudgeRewardConfig
 from stages.errors import ConfigError
 from stages.rewards.base import Message, Question, Score, Scored, Unscored
-from stages.rewards.chat_server import ChatServer, RefusedError
+from stages.rewards.chat_server import ChatServer, RefusedError, Said
 
 HUMAN = -1
 """Stands for the human response among the indexes of answers."""
 MOST_FAILED = 20
-"""Comparisons one after the other without a verdict, after which the judge is given up."""
+"""Prompts one after the other without a verdict, after which the judge is given up."""
+MOST_ASKED = 3
+"""Requests for one verdict, where a temperature makes the next reply another one."""
+MOST_TEXT = 1 << 14
+"""Characters that are kept of a reply: the last, where the verdict is."""
 MOST_WAITING = 256
 """Questions held at a time, those with nothing to ask about too."""
 TEMPLATE = """\
@@ -37,16 +42,16 @@ are equally good.
 [The conversation]
 {prompt}
 
-[Answer A begins]
+[Answer A begins {mark}]
 {answer_a}
-[Answer A ends]
+[Answer A ends {mark}]
 
-[Answer B begins]
+[Answer B begins {mark}]
 {answer_b}
-[Answer B ends]
+[Answer B ends {mark}]
 """
 _VERDICT = re.compile(r"\[\[(A|B|C|[Tt]ie|TIE)\]\]")
-_FIELD = re.compile(r"\{(" + "|".join(JUDGE_FIELDS) + r")\}")
+_FIELD = re.compile(r"\{(" + "|".join((*JUDGE_FIELDS, "mark")) + r")\}")
 _WORTH = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
@@ -57,7 +62,7 @@ class Reply:
     shown: str | None
     """`A`, `B` or `tie`; None where there is no verdict."""
     text: str | None
-    """All that the judge said last."""
+    """What the judge said last, or the end of it."""
     failure: Unscored | None = None
 
 
@@ -68,7 +73,7 @@ def open_judge(config: JudgeRewardConfig) -> "JudgeReward":
     """Prepare to ask; nothing is sent yet.
 
     Raises:
-        ConfigError: the variable with the key is not set.
+        ConfigError: the variable with the key is not set, or holds no key.
     """
     assert config.url is not None, "checked with the recipe"
     assert config.model is not None, "checked with the recipe"
@@ -76,11 +81,16 @@ def open_judge(config: JudgeRewardConfig) -> "JudgeReward":
     if config.api_key_env is not None:
         # The one place below the command line that reads the environment for the user: a key
         # that went through config would be written into run.json, manifests and logs.
-        key = os.environ.get(config.api_key_env)
+        key = os.environ.get(config.api_key_env, "").strip()
         if not key:
             raise ConfigError(
                 f"reward.judge.api_key_env={config.api_key_env}: there is no such variable; "
                 f"export {config.api_key_env}=KEY"
+            )
+        if not all(c.isprintable() and ord(c) < 256 for c in key):
+            raise ConfigError(
+                f"reward.judge.api_key_env={config.api_key_env}: the variable holds a character "
+                "that no HTTP header can; export the key alone"
             )
     server = ChatServer(
         config.url, config.model, key, config.temperature, config.max_tokens, config.timeout_s,
@@ -102,7 +112,7 @@ class JudgeReward:
         self._template = template_of(config)
         self._askers = _Askers(config.concurrency)
         self._failed = 0
-        """Comparisons without a verdict, one after the other."""
+        """Prompts without a verdict, one after the other."""
 
     def score(self, questions: Iterable[Question]) -> Iterator[Scored]:
         """See `Reward.score`.
@@ -152,34 +162,45 @@ class JudgeReward:
             return done
         fields = {
             "prompt": conversation(question.messages), "answer_a": first, "answer_b": second,
-            "human": question.human,
+            "human": question.human, "mark": mark(first, second),
         }  # fmt: skip
         # In one pass, so that braces in an answer stay what they are.
         text = _FIELD.sub(lambda match: fields[match[1]], self._template)
         return self._askers.submit(lambda: self._reply(text))
 
     def _reply(self, text: str) -> Reply:
-        """Ask until there is a verdict, each time with another seed."""
-        said = ""
-        for attempt in range(self._config.retries + 1):
+        """Ask until there is a verdict, each time with another seed; without a temperature, once.
+
+        How often does not depend on `retries`, which is no part of the key.
+        """
+        most = MOST_ASKED if self._config.temperature > 0 else 1
+        said = Said("")
+        for attempt in range(most):
             try:
                 said = self._server.ask(text, self._config.seed + attempt)
             except RefusedError as error:
                 return Reply(None, None, Unscored("refused", f"the judge refuses: {error}"))
-            if (shown := verdict(said)) is not None:
-                return Reply(shown, said)
-        end = said[-200:] or "nothing"
-        why = f"no [[A]], [[B]] or [[tie]] in {self._config.retries + 1} replies, the last: {end}"
-        return Reply(None, said, Unscored("unparsable", why))
+            shown = None if said.is_cut else verdict(said.text)
+            if shown is not None:
+                return Reply(shown, said.text[-MOST_TEXT:])
+        return Reply(None, said.text[-MOST_TEXT:], Unscored("unparsable", self._why_none(said)))
+
+    def _why_none(self, said: Said) -> str:
+        if said.is_cut:
+            return (
+                f"the reply is cut off at {self._config.max_tokens} tokens; raise "
+                "reward.judge.max_tokens"
+            )
+        return f"no [[A]], [[B]] or [[tie]] in the reply, which ends: {said.text[-200:] or '-'}"
 
     def _finish(self, question: Question, comparisons: "_Comparisons") -> Scored:
         count = len(question.responses)
         sums, games = [0.0] * count, [0] * count
         failures: list[Unscored | None] = [None] * count
         rows = []
-        for a, b, order, future in comparisons:
-            reply = future.result()
-            self._check_failures(reply)
+        replies = [future.result() for *_, future in comparisons]
+        self._check_failures(replies)
+        for (a, b, order, _), reply in zip(comparisons, replies, strict=True):
             said = _for_samples(reply.shown, order)
             rows.append({"a": a, "b": b, "order": order, "verdict": said, "text": reply.text})
             for index, worth in ((a, 0.0), (b, 1.0)):
@@ -195,16 +216,21 @@ class JudgeReward:
         ]
         return Scored(tuple(scores), tuple(rows))
 
-    def _check_failures(self, reply: Reply) -> None:
-        """Give up where the judge is of no use, before all of it is paid for."""
-        if reply is EQUAL:
-            return
-        self._failed = 0 if reply.failure is None else self._failed + 1
-        if reply.failure is not None and self._failed >= MOST_FAILED:
-            raise ConfigError(
-                f"reward judge: {self._failed} comparisons one after the other have no verdict "
-                f"({reply.failure.detail}); mend reward.judge.template, or choose another model"
-            )
+    def _check_failures(self, replies: Sequence[Reply]) -> None:
+        """Give up where the judge is of no use, before all of it is paid for.
+
+        What the server refuses costs nothing, and speaks of that prompt alone.
+        """
+        failures = [r.failure for r in replies if r.failure and r.failure.reason != "refused"]
+        if any(reply.shown is not None and reply is not EQUAL for reply in replies):
+            self._failed = 0
+        elif failures:
+            self._failed += 1
+            if self._failed >= MOST_FAILED:
+                raise ConfigError(
+                    f"reward judge: {self._failed} prompts one after the other have no verdict "
+                    f"({failures[-1].detail}); mend reward.judge.template, or choose another model"
+                )
 
 
 _Comparisons = list[tuple[int, int, str, Future[Reply]]]
@@ -249,6 +275,11 @@ def verdict(text: str) -> str | None:
     if not found:
         return None
     return str(found[-1]) if found[-1] in ("A", "B") else "tie"
+
+
+def mark(first: str, second: str) -> str:
+    """Return what stands in the markers around two answers, which neither can foresee."""
+    return hashlib.sha256(json.dumps([first, second]).encode()).hexdigest()[:12]
 
 
 def _for_samples(shown: str | None, order: str) -> str | None:
