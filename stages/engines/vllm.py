@@ -98,7 +98,9 @@ class VllmScorer(Fleet):
 
     def __init__(self, model_dir: Path, config: EngineConfig, *, max_model_len: int) -> None:
         """Start the processes; see `VllmEngine` for what can go wrong."""
-        arguments = engine_arguments(model_dir, config, max_model_len) | {"runner": "pooling"}
+        own = {"runner": "pooling"}
+        _refuse_taken(config.extra, own.keys())
+        arguments = engine_arguments(model_dir, config, max_model_len) | own
         on_cpu = is_cpu_build()
         super().__init__(
             VLLM_SCORES,

@@ -162,9 +162,14 @@ class TorchScorer:
             yield batch
 
     def _logits(self, rows: Sequence[list[int]]) -> list[float]:
-        pad = self._own_pad if self._own_pad is not None else _absent(rows)
-        # transformers scores at the last token that is not this one.
-        self._model.config.get_text_config().pad_token_id = pad
+        text_config = self._model.config.get_text_config()
+        pad = self._own_pad
+        if pad is None and len(rows) > 1:
+            pad = _absent(rows, text_config.vocab_size)
+            if pad is None:
+                return [self._logits([row])[0] for row in rows]
+        # transformers scores at the last token that is not this one, of a lone row at the last.
+        text_config.pad_token_id = pad
         longest = max(map(len, rows))
         ids_BT = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
         lengths_B = torch.tensor(list(map(len, rows)))
@@ -201,10 +206,10 @@ class _VllmScorer:
         return row[:end]
 
 
-def _absent(rows: Sequence[list[int]]) -> int:
-    """Return a token that is in none of the rows."""
+def _absent(rows: Sequence[list[int]], vocab_size: int) -> int | None:
+    """Return a token of the vocabulary that is in none of the rows, if there is one."""
     there = {token for row in rows for token in row}
-    return next(token for token in range(len(there) + 1) if token not in there)
+    return next((token for token in range(vocab_size) if token not in there), None)
 
 
 def _windows(questions: Iterable[Question]) -> Iterator[list[Question]]:

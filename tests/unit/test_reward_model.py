@@ -19,10 +19,12 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from stages.config import RewardConfig
+from stages.config import EngineConfig, RewardConfig
+from stages.engines.vllm import VllmScorer
 from stages.errors import ConfigError, InputError
 from stages.model.tokenizer import train_tokenizer
 from stages.rewards import Question, Score, Unscored, find_reward, open_reward
+from stages.rewards.model import TorchScorer
 from tests.conftest import CHAT_TEMPLATE, SENTENCES
 from tests.hostile import hostile_texts
 from tests.unit.test_reward_stage import make_data, make_generations, run
@@ -219,3 +221,23 @@ def test_the_weights_enter_the_key_and_their_place_does_not(tmp_path: Path) -> N
     assert made["first"].inputs["reward_model"].key.startswith("folder:")
     twice = 2 * made["first"].metrics["mean_reward"]  # type: ignore[operator]
     assert made["other"].metrics["mean_reward"] == pytest.approx(twice, rel=1e-5)
+
+
+def test_rows_that_hold_the_whole_vocabulary_are_scored_without_padding(tmp_path: Path) -> None:
+    folder = save(tmp_path, Qwen2ForSequenceClassification, Qwen2Config, pad_token_id=None)
+    config = RewardConfig(name="model", model={"path": str(folder)}).model
+    scorer = TorchScorer(folder, config)
+    size = scorer._model.config.vocab_size
+    half = size // 2
+    rows = [list(range(half)), list(range(half, size)), [3, 1, 2]]
+    assert len(rows[0]) <= MOST_TOKENS
+    alone = [score for row in rows for _, score in scorer.scores([row])]
+    together = dict(scorer.scores(rows))
+    assert [together[n] for n in range(3)] == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_makes_vllm_score_is_not_for_the_recipe(reward_dir: Path) -> None:
+    pytest.importorskip("vllm")
+    config = EngineConfig(name="vllm", extra={"runner": "generate"})
+    with pytest.raises(ConfigError, match="extra may not set runner; spin sets these itself"):
+        VllmScorer(reward_dir, config, max_model_len=MOST_TOKENS)
