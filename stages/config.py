@@ -94,10 +94,6 @@ def _check_url(value: str | None) -> str | None:
     parts = urlsplit(value) if value is not None else None
     if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
         raise ValueError("give an http:// or https:// address, such as http://localhost:8000/v1")
-    if parts is not None and "@" in parts.netloc:
-        raise ValueError("a URL is written into the run; put the key where api_key_env points")
-    if parts is not None and _SECRET.search(parts.query + parts.fragment):
-        raise ValueError("a URL is written into the run; put the key where api_key_env points")
     return value
 
 
@@ -541,6 +537,17 @@ class JudgeRewardConfig(_Section):
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the result; of a template, its hash."""
         return super().identity() | _template_identity(self.template)
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> "JudgeRewardConfig":
+        # Of the section, not of its field: an error of a field quotes the value.
+        parts = urlsplit(self.url or "")
+        if "@" in parts.netloc or _SECRET.search(f"{parts.query}&{parts.fragment}"):
+            raise ValueError(
+                "url is written into the run and seems to hold a key or a password; put it into "
+                "the variable that api_key_env names"
+            )
+        return self
 
 
 RewardName = Literal["none", "gsm8k", "math", "exact", "regex", "python", "model", "judge"]

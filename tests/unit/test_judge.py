@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from stages.config import JudgeRewardConfig, RewardConfig
 from stages.errors import ConfigError, EngineError
+from stages.recipe import load_recipe
 from stages.rewards import Question, Scored, Unscored, chat_server, find_reward, open_reward
 from stages.rewards import judge as judge_module
 from stages.rewards.judge import HUMAN, MOST_TEXT, chosen_pairs, mark, verdict
@@ -367,9 +368,15 @@ def test_braces_in_an_answer_stay_what_they_are() -> None:
         ({"template": "{answer_a}{prompt}"}, r"the template lacks \{answer_b\}; add it"),
         ({"template": "/no/such.txt"}, "the template file cannot be read"),
         ({"url": "file:///etc/passwd"}, "give an http:// or https:// address"),
-        ({"url": "http://me:key@host/v1"}, "put the key where api_key_env points"),
-        ({"url": "http://host/v1?api_key=k"}, "put the key where api_key_env points"),
-        ({"url": "http://host/v1?v=1&access-token=k"}, "put the key where api_key_env points"),
+        ({"url": "http://me:key@host/v1"}, "seems to hold a key or a password"),
+        (
+            {"url": "http://host/v1?api_key=k"},
+            "seems to hold a key or a password",
+        ),
+        (
+            {"url": "http://host/v1?v=1&access-token=k"},
+            "seems to hold a key or a password",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_recipe(
@@ -377,6 +384,13 @@ def test_settings_that_cannot_work_are_refused_with_the_recipe(
 ) -> None:
     with pytest.raises(ValueError, match=why):
         RewardConfig(judge=settings)
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@host/v1", "http://host/v1?api_key=hunter2"])
+def test_a_secret_in_the_url_is_not_quoted_when_it_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"reward\.judge") as caught:
+        load_recipe(None, ["reward.name=judge", "reward.judge.model=m", f"reward.judge.url={url}"])
+    assert "hunter2" not in str(caught.value)
 
 
 def test_what_decides_a_verdict_enters_the_key_and_what_only_costs_time_does_not() -> None:
