@@ -39,4 +39,4 @@ $(RULES): FORCE
 	@$(SPIN) run $(CONFIG) --run $(RUN) --iterations $(NEXT) --rules $(FLAGS) $(SET) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
--include $(RULES)
+include $(RULES)

@@ -515,7 +515,8 @@ def run_(
     from spin_cli.loop import carry_on, check_stop, commands, rules
     from spin_cli.views import put_iterations
     from stages.artifacts.locks import hold
-    from stages.errors import GateRefusedError
+    from stages.convergence import distance
+    from stages.errors import ConfigError, GateRefusedError
     from stages.layout import RunLayout
     from stages.run_record import start_or_resume
 
@@ -543,7 +544,7 @@ def run_(
             put(line)
         return
     with hold(layout.lock, f"run {layout.root}"):
-        start_or_resume(layout, chosen, amend=amend)
+        before = start_or_resume(layout, chosen, amend=amend)
         try:
             reason = carry_on(
                 layout,
@@ -556,9 +557,15 @@ def run_(
         except GateRefusedError:
             put_iterations(layout.root)
             raise
+        except ConfigError:
+            if amend and before is not None:  # what is done forbids it: the run's recipe stays
+                start_or_resume(layout, before, amend=True)
+            raise
         put_iterations(layout.root)
     if until_converged:
+        why_not = distance(layout, chosen, iterations - 1) if iterations and not reason else None
         not_yet = f"not converged after {iterations} iterations, which is all that it may have"
+        not_yet += f": {why_not}" if why_not else ""
         say(f"{layout.root}: " + (f"converged: {reason}" if reason else not_yet))
 
 

@@ -1,5 +1,6 @@
 """The whole loop: the steps of a run in order, to be executed or printed."""
 
+import logging
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spin_cli.steps import ShellText, Step, command, execute
-from stages.adaptation import at_iteration
+from stages.adaptation import adapted, at_iteration
+from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.convergence import conditions, converged
 from stages.decisions import (
@@ -25,6 +27,8 @@ from stages.decisions import (
 from stages.errors import ConfigError
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import Recipe
+
+log = logging.getLogger("spin")
 
 if TYPE_CHECKING:
     from stages.engines import OpenEngine
@@ -55,8 +59,12 @@ def carry_on(
     with _engines(recipe, iterations, keep_engine) as open_engine:
         for step in steps(layout, recipe, iterations, lambda t: opponent_of(layout, recipe, t)):
             config = at_iteration(layout, recipe, step.iteration).for_iteration(step.iteration)
+            if step.stage == "generate" and step.out.name == "generate":
+                _tell_adapted(layout, recipe, step.iteration or 0)
             checked = config if verify else config.model_copy(update={"verify": False})
-            execute(step, checked, open_engine)
+            manifest = execute(step, checked, open_engine)
+            if step.out == layout.start_evaluation:
+                _check_gate(recipe, manifest, iterations)
             if until_converged and step.stage == "promote" and step.iteration is not None:
                 reason = converged(layout, recipe, step.iteration)
                 if reason is not None:
@@ -64,6 +72,27 @@ def carry_on(
     if iterations > 0:
         opponent_of(layout, recipe, iterations)  # raises when the last player was refused
     return None
+
+
+def _tell_adapted(layout: RunLayout, recipe: Recipe, iteration: int) -> None:
+    for name, value in adapted(layout, recipe, iteration).items():
+        log.info("iteration %d: %s=%.4g, by adapt", iteration, name, value)
+
+
+def _check_gate(recipe: Recipe, start: Manifest, iterations: int) -> None:
+    """Check that evaluations will have the metrics that gates ask for, before an iteration is made.
+
+    Raises:
+        ConfigError: one of them has no such metric.
+    """
+    compared = ("heldout_", "opponent_", "sampled_gain")  # what an evaluation has with an opponent
+    for iteration in range(iterations):
+        metric = recipe.for_iteration(iteration).promote.metric
+        if metric not in start.metrics and not metric.startswith(compared):
+            raise ConfigError(
+                f"promote.metric={metric}: evaluations of this run have no such metric; they have "
+                f"{', '.join(sorted(start.metrics))}, and heldout_… against an opponent"
+            )
 
 
 def check_stop(recipe: Recipe) -> None:

@@ -310,9 +310,10 @@ class TrainingWatch:
 
 def _sound(alarm: FiredAlarm, text: str) -> None:
     if alarm.action == "stop":
+        remedy = "Lower the learning rate" if alarm.stage in ("train", "evaluate") else "Look at it"
         raise DivergedError(
-            f"{alarm.stage}: {text}; stopped by alarms.{alarm.name}. Lower the learning rate, or "
-            f"raise alarms.{alarm.name}.threshold (or its action to refuse or note) with --amend"
+            f"{alarm.stage}: {text}; stopped by alarms.{alarm.name}. {remedy}, or raise "
+            f"alarms.{alarm.name}.threshold (or set its action to refuse or note) with --amend"
         )
     outcome = "; the player will not be promoted" if alarm.refuses else ""
     log.warning("%s: alarm %s: %s%s", alarm.stage, alarm.name, text, outcome)

@@ -935,7 +935,8 @@ class RunConfig(_Section):
         ):
             raise ValueError(
                 f"pair.policy={policy} needs reward.name to be set and "
-                f"generate.num_samples >= {least}"
+                f"generate.num_samples >= {least}; they are {self.reward.name} and "
+                f"{self.generate.num_samples}"
             )
         return self
 

@@ -38,6 +38,31 @@ def converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
     )
 
 
+def distance(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
+    """Return in words how far the discriminator is from guessing; None where it is not asked."""
+    config = recipe.for_iteration(iteration)
+    evaluation = open_artifact(layout.stage(iteration, "evaluate"), stages=("evaluate",))
+    metrics = read_object(evaluation, METRICS)
+    margin, accuracy = config.stop.discriminator_margin, metrics.get("heldout_reward_accuracy")
+    if margin is None or not _is_of_humans(config) or accuracy is None:
+        return None
+    if not _has_moved(metrics):
+        return "the last player is its opponent still"
+    width = _half_width(config, metrics["heldout_reward_accuracy_stderr"])
+    return (
+        f"the last player tells the data from its opponent in {accuracy:.1%} (±{width:.1%}) of "
+        f"held-out prompts, which is not all within {margin:.1%} of guessing"
+    )
+
+
+def _has_moved(metrics: Mapping[str, Any]) -> bool:
+    return metrics.get("heldout_kl") != 0 or metrics.get("heldout_reward_margin") != 0
+
+
+def _half_width(config: RunConfig, stderr: float) -> float:
+    return NormalDist().inv_cdf((1 + config.stop.confidence) / 2) * stderr
+
+
 def conditions(config: RunConfig) -> list[str]:
     """Return which conditions of the `stop` section can be met at all."""
     stop = config.stop
@@ -66,12 +91,11 @@ def _cannot_be_told_apart(config: RunConfig, metrics: Mapping[str, Any]) -> str 
     margin = config.stop.discriminator_margin
     accuracy = metrics.get("heldout_reward_accuracy")
     error = metrics.get("heldout_reward_accuracy_stderr")
-    has_moved = metrics.get("heldout_kl") != 0 or metrics.get("heldout_reward_margin") != 0
-    if margin is None or not _is_of_humans(config) or not has_moved:
+    if margin is None or not _is_of_humans(config) or not _has_moved(metrics):
         return None
     if accuracy is None or error is None:
         return None
-    half_width = NormalDist().inv_cdf((1 + config.stop.confidence) / 2) * error
+    half_width = _half_width(config, error)
     if accuracy + half_width > 0.5 + margin or accuracy - half_width < 0.5 - margin:
         return None
     return (

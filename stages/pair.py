@@ -4,6 +4,7 @@ docs/pairing.md has the policies, the reasons and the report.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from stages.data.pairing import Floats, Ints, Rule
 from stages.data.rows import DROPPED, GENERATIONS, PAIRS, PROMPTS, REWARDS
 from stages.errors import ConfigError, CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
+
+_log = logging.getLogger("spin")
 
 FORMAT_VERSION = 2
 REPORT_NAME = "report.json"
@@ -178,6 +181,13 @@ def _fill(space: Workspace, config: RunConfig, model: ModelSource, job: _Job) ->
     text = json.dumps({**report.to_json(), "data": about_data}, indent=1, sort_keys=True)
     space.file(REPORT_NAME).write_text(text + "\n")
     counts = report.counts(job.config.replay.iterations)
+    if not counts["pairs"]:
+        _log.warning(
+            "pair: none of %d candidates became a pair (%s); docs/pairing.md tells which setting "
+            "each reason is of",
+            report.candidates,
+            ", ".join(f"{n} {v}" for n, v in counts.items() if n.startswith("dropped_") and v),
+        )
     metrics = report.metrics()
     sound("pair", metrics, config.alarms)
     return Outcome(counts=counts, metrics=metrics)

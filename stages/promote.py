@@ -87,11 +87,9 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
     plan = Plan(
         stage="promote",
         format_version=FORMAT_VERSION,
-        # on_refusal steers the run, not the decision: changing it later keeps what was decided
-        config={
-            "promote": gate.model_dump(mode="json", exclude={"on_refusal"}),
-            "alarms": config.alarms.identity(),
-        },
+        # on_refusal steers the run, not the decision: changing it later keeps what was decided, and
+        # so does changing an alarm, or no threshold could be amended once an iteration is decided
+        config={"promote": gate.model_dump(mode="json", exclude={"on_refusal"})},
         inputs=refs,
     )
 
@@ -112,7 +110,9 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
         )
         write_object(workspace.file(DECISION), asdict(decision))
         return Outcome(
-            counts={}, metrics={"promoted": decision.promoted, decision.metric: decision.value}
+            counts={},
+            metrics={"promoted": decision.promoted, decision.metric: decision.value},
+            info={"alarms": config.alarms.identity()},
         )
 
     manifest = produce(out, plan, fill)
@@ -152,7 +152,8 @@ def decide(
             good = gain >= gate.min_gain - _ROUNDING
             what = f"the gain of {gain:g} on the champion's {champion_value:g}"
             verdicts.append((good, f"{what} {_reaches(good)} min_gain {gate.min_gain:g}"))
-    verdicts += [(False, alarm.text) for alarm in alarms if alarm.refuses]
+    refusals = [(False, f"alarm {each.name}: {each.text}") for each in alarms if each.refuses]
+    verdicts = [*refusals, *verdicts]
     return Decision(
         promoted=all(good for good, _ in verdicts),
         metric=gate.metric,

@@ -207,9 +207,30 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but for keys that stand twice: it would keep the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping.
+
+        Raises:
+            yaml.YAMLError: one of its keys stands there twice.
+        """
+        seen = set()
+        for key_node, _ in node.value:
+            name = (key_node.tag, key_node.value)
+            if isinstance(key_node.value, str) and name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key_node.value} stands there twice; merge the two",
+                    key_node.start_mark,
+                )  # fmt: skip
+            seen.add(name if isinstance(key_node.value, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist; see configs/ for those shipped") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

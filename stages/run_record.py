@@ -32,13 +32,16 @@ def read_recipe(layout: RunLayout) -> Recipe:
     return recipe
 
 
-def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -> None:
+def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -> Recipe | None:
     """Write the run's record, or check that the run goes on with the recipe it was started with.
 
     The caller holds the run's lock.
 
     Args:
         amend: take the new recipe for all that is not done yet.
+
+    Returns:
+        The recipe that the run had before; None where it begins now.
 
     Raises:
         ConfigError: the recipe differs in what decides results, or the place is taken.
@@ -47,11 +50,11 @@ def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -
     if recorded is None:
         _check_free(layout.root)
     elif recorded.to_json() == recipe.to_json():
-        return
+        return recorded
     elif not amend:
         difference = first_difference(recorded, recipe)
         if difference is None:
-            return
+            return recorded
         raise ConfigError(
             f"{layout.root} was started with another recipe: {difference}; name another --run, "
             "or add --amend to take the new one for what is not done yet"
@@ -63,6 +66,7 @@ def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -
         "recipe": recipe.to_json(),
     }
     write_durably(layout.record, sealed_text(record, _HASH_NAME))
+    return recorded
 
 
 def first_difference(old: Recipe, new: Recipe) -> str | None:

@@ -200,8 +200,8 @@ def _fill(space: Workspace, config: RunConfig, found: _Found, plan: Plan) -> Out
     if not len(store):
         raise InputError(
             f"{pairs.path} has no pair to train on ({too_long} longer than train.max_length="
-            f"{config.train.max_length}); if all were identical, the opponent already answers as "
-            "the data does"
+            f"{config.train.max_length}); the dropped_ counts of pair's manifest.json say why "
+            "others are not there: if all were identical, the opponent answers as the data does"
         )
     reference = pairs.manifest.inputs["model"]
     job = _Job(
@@ -338,9 +338,11 @@ def _train(
     with open_journal(
         group.rank, folder, "train", TRAIN_METRICS, total, _metrics_row, _remark
     ) as journal:
+        has_moved = [False]
 
         def tell(step: "Step") -> None:
             journal.add(step)
+            has_moved[0] |= step.learning_rate > 0
             watch.add(
                 step.step,
                 accuracy=step.metrics["accuracy"],
@@ -350,6 +352,11 @@ def _train(
             )
 
         player.train(tell, job.space.shards, carried, keep_state)
+    if group.rank == 0 and not has_moved[0]:
+        log.warning(
+            "train: the learning rate was 0 in all %d steps (a warm-up begins with it), so the "
+            "player is its opponent; give more pairs, or a smaller train.batch_size", total,
+        )  # fmt: skip
     return {
         **watch.metrics(),
         "last_loss": journal.tail_mean(lambda step: step.loss),

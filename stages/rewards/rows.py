@@ -233,6 +233,8 @@ class RowPool:
         """
         self._job = job
         self._children: list[_Child] = []
+        self._slow = 0
+        """Rows in a row that took too long."""
         self._ends = 0
         """Of processes since the last score."""
         try:
@@ -319,10 +321,25 @@ class RowPool:
                 raise _EndedError("failed", "its process answered for another row")
             child.pending.popleft()
             done[index] = Unscored(*result) if isinstance(result, list) else float(result)
-            self._ends = 0
+            self._note_time(done[index])
         silence_s = time.monotonic() - child.heard_at
         if not messages and child.pending and silence_s > self._job.silence_s:
             raise _EndedError("too_costly", f"it takes more than {self._job.limit_s:g} s")
+
+    def _note_time(self, score: Score) -> None:
+        """Count rows that took too long, one after the other: each has cost its whole limit.
+
+        Raises:
+            EngineError: it were better to mend what runs.
+        """
+        self._ends = 0
+        is_slow = isinstance(score, Unscored) and score.reason == "too_costly"
+        self._slow = self._slow + 1 if is_slow else 0
+        if self._slow >= MOST_ENDS * len(self._children):
+            raise EngineError(
+                f"reward {self._job.kind}: {self._slow} rows one after the other took more than "
+                f"{self._job.limit_s:g} s each; mend what it runs, or raise its timeout_s"
+            )
 
     def _replace(self, number: int, error: _EndedError) -> dict[int, Score]:
         """Start a process anew; the row that it was at has no score, the others are given again.

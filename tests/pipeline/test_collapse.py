@@ -141,10 +141,10 @@ def test_after_a_stop_another_threshold_goes_on_and_changes_no_number(
     assert first.content() == second.content()
 
 
-def test_thresholds_are_in_the_key_of_promote_alone(tiny: Path, tmp_path: Path) -> None:
-    for name in ("generate", "pair", "score", "train", "evaluate"):
+def test_thresholds_are_in_no_key(tiny: Path, tmp_path: Path) -> None:
+    for name in ("generate", "pair", "score", "train", "evaluate", "promote"):
         assert "alarms" not in read_manifest(stage(tiny, 0, name)).config
-    assert "alarms" in read_manifest(stage(tiny, 0, "promote")).config
+    assert "alarms" in read_manifest(stage(tiny, 0, "promote")).info
     out = tmp_path / "train"
     shutil.copytree(stage(tiny, 0, "train"), out)
     assert "already done" in train(tiny, out, SATURATED, STOP).stderr

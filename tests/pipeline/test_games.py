@@ -119,13 +119,14 @@ class TestMeasuredSettings:
 
     def test_beta_follows_the_divergence(self, fakes: None) -> None:
         fake_stages.divergence_by_model |= {player(0): 16.0, player(1): 5.0, player(2): 0.0}
-        run(*self.WORDS, iterations=4)
+        said = run(*self.WORDS, iterations=4).stderr
         assert self.betas() == pytest.approx([0.1, 0.2, 0.2, 0.2 / 3])
         assert (
             made(1, "evaluate").config["beta"] == 0.2 if "beta" in made(1, "evaluate").config else 1
         )
         assert spin("adapted", "a", "--iteration", "0").stdout == ""
         assert spin("adapted", "a", "--iteration", "1").stdout == "train.beta=0.2\n"
+        assert "iteration 1: train.beta=0.2, by adapt" in said
 
     def test_so_does_the_learning_rate_the_other_way(self, fakes: None) -> None:
         fake_stages.divergence_by_model |= {player(0): 16.0}
@@ -328,6 +329,21 @@ class TestWhatIsLost:
         assert done.returncode == 2
         assert "train.beta: 0.1 there, 0.5 now" in done.stderr
         assert not Path("a/iterations/001").exists()
+        subprocess.run([*make, "ITERATION=1"], check=True, capture_output=True)
+        shutil.rmtree("a/iterations/001/train")
+        again = [*make, "ITERATION=1", "SET=train.beta=0.5"]  # its rules are there
+        assert subprocess.run(again, check=False, capture_output=True).returncode == 2
+        assert not Path("a/iterations/001/train").exists()
+
+    def test_an_amendment_that_is_refused_leaves_the_run_as_it_was(self, fakes: None) -> None:
+        run(iterations=1)
+        assert "finished with other settings" in run("train.beta=0.5", "--amend", expect=2).stderr
+        run(iterations=2)
+
+    def test_a_metric_that_no_evaluation_has_is_refused_at_once(self, fakes: None) -> None:
+        Path("recipe.yaml").write_text(GAME.replace("sampled_accuracy", "nosuch"))
+        assert "promote.metric=nosuch: evaluations of this run" in run(expect=2).stderr
+        assert not Path("a/iterations").exists()
 
 
 class TestAfterARefusal:

@@ -152,7 +152,7 @@ class TestSound:
         assert caplog.messages[0].endswith("; the player will not be promoted")
 
     def test_a_stop_ends_the_stage(self) -> None:
-        with pytest.raises(DivergedError, match=r"stopped by alarms\.identical_share\. Lower"):
+        with pytest.raises(DivergedError, match=r"stopped by alarms\.identical_share\. Look at it"):
             sound("pair", ALIKE, config(identical_share={"action": "stop"}))
 
 

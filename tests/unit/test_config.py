@@ -139,6 +139,8 @@ def test_a_wrong_override_is_refused_with_a_remedy(override: str, message: str) 
         ("iterations: {2-1: {}}", r"iterations\.2-1"),
         ("iterations: {2+: 3}", r"iterations\.2\+ holds a int"),
         ("shrink: [1]", r"shrink holds a list"),
+        ("iterations: {1: {seed: 1}, 1: {seed: 2}}", r"1 stands there twice; merge the two"),
+        ("train: {beta: 1}\npair: {}\ntrain: {beta: 2}", r"train stands there twice"),
         ("iterations: {1: {}, 1-1: {}}", r"iterations\.1-1: these iterations stand there twice"),
         ("iterations: {1: {sft: {epochs: 2}}}", r"iterations\.1\.sft: sft holds for the whole run"),
         ("iterations: {first: {}}", r"iterations\.first: iterations are numbered 0, 1, 2"),

@@ -9,7 +9,7 @@ import pytest
 
 from stages import promote
 from stages.alarms import FiredAlarm
-from stages.artifacts import Manifest, Outcome, Plan, open_artifact, produce
+from stages.artifacts import Manifest, Outcome, Plan, open_artifact, produce, read_manifest
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import InputRef
 from stages.artifacts.pointer import read_pointer
@@ -129,8 +129,8 @@ STOPPED = FiredAlarm("chosen_fall", "train", 0.2, 0.1, "stop", "chosen responses
     [
         ([], True, ["a is 1"]),
         ([NOTED], True, ["a is 1"]),
-        ([NOTED, REFUSED], False, ["a is 1", "human responses fell"]),
-        ([STOPPED], False, ["a is 1", "chosen responses fell"]),
+        ([NOTED, REFUSED], False, ["alarm human_fall: human responses fell", "a is 1"]),
+        ([STOPPED], False, ["alarm chosen_fall: chosen responses fell", "a is 1"]),
     ],
 )
 def test_an_alarm_refuses_whatever_the_metric_says(
@@ -182,12 +182,14 @@ class TestAlarmsOnTheWay:
         assert (alarm["name"], alarm["stage"], alarm["action"]) == (name, stage, action)
         assert champion(layout) == ("iterations/000/train" if action == "note" else None)
 
-    def test_a_threshold_is_part_of_the_decision(self, tmp_path: Path) -> None:
+    def test_a_threshold_amended_later_keeps_what_was_decided(self, tmp_path: Path) -> None:
         layout, recipe = new_run(tmp_path)
-        self.chain(layout)
-        assert decide(layout, recipe, 0)
-        with pytest.raises(ConfigError, match=r"alarms\.human_fall\.threshold: 0\.1 there, 9"):
-            decide(layout, recipe.with_overrides(["alarms.human_fall.threshold=9"]), 0)
+        self.chain(layout, train={"chosen_fall": 0.4})
+        words = ["alarms.chosen_fall.action=refuse"]
+        assert not decide(layout, recipe.with_overrides(words), 0)
+        assert not decide(layout, recipe, 0)
+        alarms = read_manifest(layout.stage(0, "promote")).info["alarms"]
+        assert alarms["chosen_fall"] == {"threshold": 0.05, "action": "refuse"}
 
     def test_a_stage_that_was_made_anew_is_refused(self, tmp_path: Path) -> None:
         layout, recipe = new_run(tmp_path)
