@@ -94,6 +94,15 @@ def show(points: Sequence[Mapping[str, Any]]) -> None:
             print("  ".join(f"{cell!s:>14}" for cell in cells))
 
 
+def rounded(value: Any) -> Any:
+    """Return a report with every fraction cut to five digits."""
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, Mapping):
+        return {name: rounded(inner) for name, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def percent(figure: Mapping[str, Any], sign: str = "") -> str:
     """Return a mean with its half width, in per cent."""
     half = figure["half_width"]
@@ -102,34 +111,42 @@ def percent(figure: Mapping[str, Any], sign: str = "") -> str:
 
 
 def draw(points: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write regimes-gains.svg, every point's difference, and regimes-curves.svg, its courses."""
+    """Write regimes-gains.svg, every point's difference, and regimes-curves.svg, its courses.
+
+    Points of a single seed have no interval and are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    points = [point for point in points if len(point["seeds"]) > 1]
     with mpl.rc_context(STYLE):
         _draw_gains(points, folder / "regimes-gains.svg")
         _draw_curves(points, folder / "regimes-curves.svg")
 
 
 def _draw_gains(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.36 * len(points)), layout="constrained")
-    places = range(len(points))
-    axes.axvline(0, color="#7f7f7f", linewidth=0.8)
-    for rival, offset, marker in (("control", -0.13, "o"), ("sft", 0.13, "s")):
-        gains = [point["gains"]["sampled_accuracy"][rival][-1] for point in points]
-        axes.errorbar(
-            [100 * gain["mean"] for gain in gains],
-            [place + offset for place in places],
-            xerr=[100 * (gain["half_width"] or 0.0) for gain in gains],
-            fmt=marker,
-            color=COLORS[rival],
-            markersize=4.5,
-            elinewidth=1.2,
-            label=f"self-play minus {rival}",
-        )
-    axes.set_yticks(places, [f"{point['label']} ({point['axis']})" for point in points])
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_xlabel("sampled held-out accuracy after two iterations, difference in points")
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    figure, sides = plt.subplots(
+        1, 2, figsize=(WIDTH, 1.2 + 0.34 * len(points)), sharey=True, layout="constrained"
+    )
+    for iteration, axes in enumerate(sides):
+        axes.axvline(0, color="#7f7f7f", linewidth=0.8)
+        for rival, offset, marker in (("control", -0.13, "o"), ("sft", 0.13, "s")):
+            gains = [p["gains"]["sampled_accuracy"][rival][iteration + 1] for p in points]
+            axes.errorbar(
+                [100 * gain["mean"] for gain in gains],
+                [place + offset for place in range(len(points))],
+                xerr=[100 * gain["half_width"] for gain in gains],
+                fmt=marker,
+                color=COLORS[rival],
+                markersize=4,
+                elinewidth=1.2,
+                label=f"self-play minus {rival}",
+            )
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_title(f"after iteration {iteration}", fontsize=9)
+    sides[0].set_yticks(range(len(points)), [point["label"] for point in points])
+    sides[0].invert_yaxis()
+    figure.supxlabel("sampled held-out accuracy, difference in points", fontsize=9)
+    handles, labels = sides[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     _save(path)
 
 

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import pyarrow.parquet as pq  # noqa: E402
 import yaml  # noqa: E402
-from _regimes_report import ARMS, draw, show, summarize  # noqa: E402
+from _regimes_report import ARMS, draw, rounded, show, summarize  # noqa: E402
 from _report import commit, hardware, write  # noqa: E402
 from _word_noise import Noise, Row, human_rows, verdict, wrong_shares  # noqa: E402
 
@@ -79,6 +79,8 @@ class Point:
     learning_rate: float = 1e-4
     loss: Mapping[str, float] = field(default_factory=dict)
     """Settings of `train` that only self-play has."""
+    length: int = 1
+    """Times as many optimizer steps an iteration."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Size:
     """Optimizer steps of each iteration; about an epoch of the default point's pairs."""
     batch_size: int = 16
     heldout: int = 250
-    most_human: int = 1_000
+    most_human: int = 3_750
     most_sft_steps: int = 1_000
 
 
@@ -102,13 +104,51 @@ def _noisy(noise: Noise, share: float) -> Start:
 
 
 POINTS = (
-    Point("default", "demo", "the demo, 1,000 prompts"),
+    Point("default", "demo", "the demo"),
     Point("slips-20", "noise", "20% of human answers slip", _noisy("slips", 0.2)),
     Point("sloppy-25", "noise", "25% of human answers sloppy", _noisy("sloppy", 0.25)),
-    Point("human-64", "human examples", "64 human examples", replace(D, num_human=64)),
+    Point("human-64", "human examples", "64 human rows", replace(D, num_human=64)),
     Point(
-        *("human-64x8", "human examples", "64, 8 samples each"),
+        *("human-64x8", "human examples", "64 human rows, 8 samples each"),
         replace(D, num_human=64, num_samples=8),
+    ),
+    Point(
+        *("long", "steps", "long: 3,750 rows, 6 times the steps"),
+        replace(D, num_human=3_750),
+        length=6,
+    ),
+    Point(
+        *("sloppy-25-long", "steps", "long, 25% sloppy"),
+        replace(_noisy("sloppy", 0.25), num_human=3_750),
+        length=6,
+    ),
+    Point(
+        *("slips-20-long", "steps", "long, 20% slip"),
+        replace(_noisy("slips", 0.2), num_human=3_750),
+        length=6,
+    ),
+    Point(
+        *("sloppy-25-long-nll", "crossing", "long, 25% sloppy, NLL weight 1"),
+        replace(_noisy("sloppy", 0.25), num_human=3_750),
+        loss={"nll_weight": 1.0},
+        length=6,
+    ),
+    Point(
+        *("sloppy-25-long-beta", "crossing", "long, 25% sloppy, β 1"),
+        replace(_noisy("sloppy", 0.25), num_human=3_750),
+        loss={"beta": 1.0},
+        length=6,
+    ),
+    Point(
+        *("base-sloppy-25-long", "crossing", "long, 25% sloppy, no light SFT"),
+        replace(_noisy("sloppy", 0.25), num_human=3_750, sft_steps=0),
+        length=6,
+    ),
+    Point(
+        *("base-sloppy-25-long-beta", "crossing", "long, 25% sloppy, no light SFT, β 0.3"),
+        replace(_noisy("sloppy", 0.25), num_human=3_750, sft_steps=0),
+        loss={"beta": 0.3},
+        length=6,
     ),
     Point("lr-4e-4", "learning rate", "learning rate 4e-4", learning_rate=4e-4),
     Point("lr-3e-5", "learning rate", "learning rate 3e-5", learning_rate=3e-5),
@@ -130,6 +170,7 @@ class Arm:
     start: Start
     learning_rate: float
     loss: Mapping[str, float]
+    length: int
     seed: int
 
     def name(self) -> str:
@@ -177,7 +218,7 @@ def main() -> None:
         play_all(points, seeds, place)
     report = reported(points, seeds, place)
     show(report["points"])
-    write(report, arguments.json)
+    write(rounded(report), arguments.json)
     if arguments.plots:
         draw(report["points"], arguments.plots)
 
@@ -201,9 +242,8 @@ def play_all(points: Sequence[Point], seeds: Sequence[int], place: Place) -> Non
 
 def arm_of(point: Point, kind: str, seed: int) -> Arm:
     """Return an arm of a point; control and sft know nothing of the game's loss."""
-    return Arm(
-        kind, point.start, point.learning_rate, point.loss if kind == "self-play" else {}, seed
-    )
+    loss = point.loss if kind == "self-play" else {}
+    return Arm(kind, point.start, point.learning_rate, loss, point.length, seed)
 
 
 def read_done(place: Place) -> dict[str, dict[str, Any]]:
@@ -249,13 +289,11 @@ def play(arm: Arm, place: Place) -> dict[str, Any]:
         if arm.kind == "sft"
         else _game(arm, shared, run, place)
     )
-    evaluations = [shared / "run/start/evaluate"]
-    evaluations += [run / f"iterations/{t:03d}/evaluate" for t in range(len(place.size.steps))]
+    iterations = [run / f"iterations/{t:03d}" for t in range(len(place.size.steps))]
+    evaluations = [shared / "run/start/evaluate", *(folder / "evaluate" for folder in iterations)]
     prompts = _prompts(shared / "heldout.jsonl")
     metrics = [figures(e, prompts) for e in evaluations if (e / "metrics.json").exists()]
-    pairs = [
-        _pairs(run / f"iterations/{t:03d}/pair/manifest.json") for t in range(len(place.size.steps))
-    ]
+    pairs = [_pairs(folder / "pair/manifest.json") for folder in iterations]
     shutil.rmtree(run)
     seconds = round(time.monotonic() - began, 1)
     return {
@@ -269,17 +307,19 @@ def play(arm: Arm, place: Place) -> dict[str, Any]:
 
 
 def _game(arm: Arm, shared: Path, run: Path, place: Place) -> int:
-    settings = [f"train.{name}={value}" for name, value in arm.loss.items()]
-    settings += [
-        f"train.learning_rate={arm.learning_rate}",
-        f"train.control={arm.kind == 'control'}",
-    ]
-    recipe = str(shared / "recipe.yaml")
-    _must("init", str(run), "--config", recipe, "--quiet", *settings)
+    recipe = yaml.safe_load((shared / "recipe.yaml").read_text())
+    recipe["train"] |= {"learning_rate": arm.learning_rate, "control": arm.kind == "control"}
+    recipe["train"] |= arm.loss
+    steps = place.size.steps
+    recipe["iterations"] = {
+        t: {"train": {"max_steps": num * arm.length}} for t, num in enumerate(steps)
+    }
+    of_arm = shared / f"{arm.name()}.yaml"
+    of_arm.write_text(yaml.safe_dump(recipe))
+    _must("init", str(run), "--config", str(of_arm), "--quiet")
     own = shutil.ignore_patterns("run.json", "*.lock", "champion")
     shutil.copytree(shared / "run", run, copy_function=os.link, dirs_exist_ok=True, ignore=own)
-    iterations = str(len(place.size.steps))
-    return spin("run", recipe, "--run", str(run), "--iterations", iterations, "--quiet", *settings)
+    return spin("run", str(of_arm), "--run", str(run), "--iterations", str(len(steps)), "--quiet")
 
 
 def _continue_sft(arm: Arm, shared: Path, run: Path, place: Place) -> int:
@@ -288,7 +328,7 @@ def _continue_sft(arm: Arm, shared: Path, run: Path, place: Place) -> int:
     for t, steps in enumerate(place.size.steps):
         folder = run / f"iterations/{t:03d}"
         settings = {
-            "max_steps": steps,
+            "max_steps": steps * arm.length,
             "max_examples": "null",
             "learning_rate": arm.learning_rate,
             "batch_size": place.size.batch_size,
@@ -372,7 +412,6 @@ def recipe_of(start: Start, seed: int, folder: Path, place: Place) -> dict[str, 
     recipe["generate"] |= {"num_samples": start.num_samples, "parity": {"rows": 0}}
     recipe["train"]["batch_size"] = size.batch_size
     recipe["promote"]["on_refusal"] = "player"  # the whole curve is wanted, also where it falls
-    recipe["iterations"] = {t: {"train": {"max_steps": n}} for t, n in enumerate(size.steps)}
     return recipe
 
 

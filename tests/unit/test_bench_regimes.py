@@ -114,6 +114,7 @@ def test_rivals_are_shared_only_where_nothing_of_theirs_differs(bench: Any) -> N
         assert name("default", kind) != name("lr-4e-4", kind)
         assert name("default", kind) != name("slips-20", kind)
         assert name("default", kind) != name("default", kind, seed=1)
+        assert name("default", kind) != name("long", kind)
     assert name("default", "self-play") != name("beta-1", "self-play")
 
 
@@ -135,13 +136,18 @@ def summary(figures: Any) -> dict[str, Any]:
     """Two seeds, far apart; self-play is 0.1 above control at both."""
     runs = {
         seed: {
-            "self-play": _line([low, low + 0.2]),
-            "control": _line([low, low + 0.1]),
-            "sft": _line([low, 0.9]),
+            "self-play": _line([low, low, low + 0.2]),
+            "control": _line([low, low, low + 0.1]),
+            "sft": _line([low, low, 0.9]),
         }
         for seed, low in ((0, 0.2), (1, 0.6))
     }
     return {"name": "x", "label": "X", "axis": "a", **figures.summarize(runs)}
+
+
+def test_a_rounded_report_is_the_same_to_five_digits(figures: Any) -> None:
+    report = {"a": [0.1234567, 3, None], "b": (0.5,)}
+    assert figures.rounded(report) == {"a": [0.12346, 3, None], "b": [0.5]}
 
 
 def test_differences_are_between_arms_of_one_seed(summary: dict[str, Any]) -> None:
@@ -155,8 +161,9 @@ def test_differences_are_between_arms_of_one_seed(summary: dict[str, Any]) -> No
 def test_plots_are_the_same_bytes_for_the_same_figures(
     figures: Any, summary: dict[str, Any], tmp_path: Path
 ) -> None:
-    for folder in ("a", "b"):
-        figures.draw([summary], tmp_path / folder)
+    alone = {**summary, "seeds": [0]}  # has no interval, and no place in the plots
+    for folder, points in (("a", [summary]), ("b", [alone, summary])):
+        figures.draw(points, tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["regimes-curves.svg", "regimes-gains.svg"]
     for name in names:
