@@ -32,7 +32,8 @@ AHEAD = 256  # rows that are read ahead of the first without a score, for each p
 MOST_ENDS = 20  # of processes, one row after the other
 _HEADER = 8
 _READ_BYTES = 1 << 18
-_MOST_WORDS = 2000
+_MOST_WORDS = 2000  # bytes of what a process printed that are kept
+_MOST_SAID = 800  # characters of it in a reason
 _VARIABLES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 Row = list[Any]
@@ -193,7 +194,7 @@ class _Child:
         if status == -signal.SIGXCPU:
             return _EndedError("too_costly", "it takes too long, and was stopped")
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
-        printed = " ".join(self.printed.decode(errors="replace").split())[-300:]
+        printed = " ".join(self.printed.decode(errors="replace").split())[-_MOST_SAID:]
         said = f"; its last words: {printed}" if printed else ""
         return _EndedError("failed", f"its process ended with {name}{said}")
 

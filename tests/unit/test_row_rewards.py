@@ -192,7 +192,7 @@ CRASH = "import ctypes; ctypes.string_at(0)"
         ("raise MemoryError", "too_costly", "too much memory"),
         ("raise Sly", "failed", "^Sly"),
         ("print('oh'); import os; os._exit(3)", "failed", "with status 3; its last words: oh"),
-        (CRASH, "failed", 'ended with SIGSEGV; .*/my_reward.py", line 3 in reward'),
+        (CRASH, "failed", 'ended with SIGSEGV; .*eward.py", line 3 in reward'),
     ],
 )
 def test_a_function_that_fails_gives_no_score_and_the_next_row_is_scored(
