@@ -67,7 +67,7 @@ class TestCollapse:
         assert fired["human_fall"] == fired["accuracy_drop"] == "refuse"
         assert fired["chosen_fall"] == "note"
         text = next(a["text"] for a in decision["alarms"] if a["name"] == "human_fall")
-        assert text in decision["reasons"]
+        assert f"alarm human_fall: {text}" in decision["reasons"]
 
     def test_the_divergence_is_noted_an_iteration_ahead(self, collapsed: tuple[Path, str]) -> None:
         decision = json.loads((stage(collapsed[0], 0, "promote") / "decision.json").read_text())
