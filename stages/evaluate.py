@@ -1,9 +1,8 @@
 """evaluate: the player on held-out prompts, alone and against the opponent; one row an example."""
 
-import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from stages.artifacts.tables import Row
 from stages.config import EvaluateConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.draw import smallest_by_hash
+from stages.data.measures import Measure, write_measures
 from stages.data.repeats import repeated_share
 from stages.data.rows import DROPPED, EXAMPLES, JUDGEMENTS, PROMPTS
 from stages.data.tokens import PairTokens
@@ -41,7 +41,7 @@ from stages.rewards import Question, RewardSource, Unscored, find_reward, open_r
 
 _log = logging.getLogger("spin")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HELDOUT_ITERATION = -1
 """Stands for the iteration in held-out seeds: every model draws with the same seeds."""
 
@@ -78,7 +78,7 @@ def run(
     *,
     open_engine: OpenEngine = engines.open_engine,
 ) -> Manifest:
-    """Write examples.parquet and metrics.json.
+    """Write examples.parquet, and its metrics; see data/measures.py.
 
     What the metrics are is told by `summarize`.
 
@@ -176,9 +176,8 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
             _compare(row, theirs[row["prompt_id"]], player, other, work)
     with TableWriter(space.file("examples.parquet"), EXAMPLES) as table:
         table.extend(rows)
-    metrics = summarize(rows)
+    metrics = write_measures(space, measured(rows), summarize(rows))
     sound("evaluate", metrics, work.config.alarms)
-    space.file("metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     return Outcome(
         counts={"prompts": len(rows), "dropped_refused": refused, **unscored},
         metrics=metrics,
@@ -261,6 +260,51 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
         metrics |= _of_samples("opponent", compared, "opponent_sample")
         metrics |= _of_comparison(compared)
     return metrics
+
+
+def measured(rows: Sequence[Row]) -> Iterator[Measure]:
+    """Yield those metrics of `summarize` that are means over examples, example by example."""
+    for row in rows:
+        values: dict[str, float | None] = {
+            "sampled_accuracy": row["sampled_reward"],
+            "greedy_accuracy": row["greedy_reward"],
+            "sampled_identical_share": row["sampled"] == row["human"],
+            **_measured_sample("sampled", row, "sampled"),
+        }
+        if row["human_margin"] is not None:
+            margin = row["human_margin"] - row["opponent_margin"]
+            values |= {
+                "opponent_accuracy": row["opponent_sample_reward"],
+                "sampled_gain": _difference(row["sampled_reward"], row["opponent_sample_reward"]),
+                "heldout_reward_accuracy": _told(margin),
+                "heldout_reward_margin": margin,
+                "heldout_kl": row["opponent_sample_logprob"]
+                - row["player_opponent_sample_logprob"],
+                "heldout_human_logratio": row["human_logprob"] - row["opponent_human_logprob"],
+                "heldout_identical_share": row["opponent_sample"] == row["human"],
+                **_measured_sample("opponent", row, "opponent_sample"),
+            }
+        for name, value in values.items():
+            if value is not None:
+                yield Measure(row["prompt_id"], name, float(value))
+        num_tokens = len(row["human_token_ids"])
+        per_token = row["human_logprob"] / num_tokens
+        yield Measure(row["prompt_id"], "human_logprob_per_token", per_token, num_tokens)
+        yield Measure(row["prompt_id"], "human_mean_tokens", num_tokens)
+
+
+def _measured_sample(name: str, row: Row, column: str) -> dict[str, float | None]:
+    token_ids = row[f"{column}_token_ids"]
+    return {
+        f"{name}_cut_off_share": row[f"{column}_finish_reason"] == "length",
+        f"{name}_empty_share": not row[column].strip(),
+        f"{name}_mean_tokens": len(token_ids),
+        f"{name}_repeated_share": repeated_share(token_ids),
+    }
+
+
+def _difference(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
 
 
 def _accuracy(name: str, rewards: Sequence[float | None]) -> dict[str, float | None]:

@@ -55,6 +55,15 @@ class RunLayout:
         """Return what a member of the pool (1, 2, …) answered in one iteration."""
         return self.root / "iterations" / f"{iteration:03d}" / f"pool-{member}"
 
+    def suite(self, iteration: int | None, name: str) -> Path:
+        """Return a suite's evaluation of an iteration's player; None: of the first opponent."""
+        parent = self.root / ("start" if iteration is None else f"iterations/{iteration:03d}")
+        return parent / f"suite-{name}"
+
+    def suite_data(self, name: str) -> Path:
+        """Return the prompts of a suite that has its own."""
+        return self.root / "suites" / name
+
     def iterations(self) -> list[int]:
         """Return the numbers of the iterations that were begun, in order."""
         try:

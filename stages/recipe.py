@@ -21,7 +21,7 @@ from stages.config import RunConfig
 from stages.errors import ConfigError
 
 RECIPE_SCHEME = "recipe://"
-OF_THE_RUN = ("name", "model", "chat", "prepare", "sft", "evaluate", "stop")
+OF_THE_RUN = ("name", "model", "chat", "prepare", "sft", "evaluate", "suites", "stop")
 """What no iteration changes."""
 
 

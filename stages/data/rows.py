@@ -201,3 +201,31 @@ A log-probability is that of a whole response: `sampled_logprob` the player's of
 its engine; the others by the trainer's forward: `human_logprob` and
 `player_opponent_sample_logprob` the player's, `opponent_human_logprob` and
 `opponent_sample_logprob` the opponent's."""
+
+MEASURES = _schema(
+    example_id=pa.string(),
+    metric=pa.string(),
+    value=pa.float64(),
+    weight=pa.float64(),
+)
+"""What one metric of an evaluation is for one example. The metric is the weighted mean; an id and a
+metric stand in one row at most, and ids are equal where two models were asked the same."""
+
+SUITE_EXAMPLES = _schema(
+    prompt_id=pa.string(),
+    task=pa.string(),
+    sample=pa.int32(),
+    prompt=(pa.string(), "optional"),
+    human=(pa.string(), "optional"),
+    response=(pa.string(), "optional"),
+    response_tokens=(pa.int32(), "optional"),
+    finish_reason=(pa.string(), "optional"),
+    seed=(pa.int64(), "optional"),
+    score=(pa.float64(), "optional"),
+    scored_by=(pa.string(), "optional"),
+    other=(pa.string(), "optional"),
+)
+"""One answer in a suite. `task` is the suite's name, or that of a task within it; `sample` counts
+the samples to a prompt from 0, and is -1 for the greedy answer. `scored_by` says what `score` is
+(a reward, or a metric of the task), `other` is what a response was compared with. A score that is
+missing has a row in unscored.parquet."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 STAGES = {
     "prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate", "promote",
-    "report",
+    "suite", "report",
 }  # fmt: skip
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
@@ -37,7 +37,9 @@ ALLOWED = {
     "rewards": BASE | {"data", "objective", "model", "engines"},
     "journal": BASE | {"data", "model", "progress"},
     "answers": BASE | {"data", "engines", "progress"},
+    "suites": BASE | {"data", "model", "engines", "rewards", "progress"},
     **dict.fromkeys(STAGES, BELOW_STAGES),
+    "suite": BELOW_STAGES | {"suites"},
     # A run as a whole.
     "run_record": BASE | {"layout", "recipe"},
     "decisions": BASE | {"layout", "recipe", "run_record"},

@@ -7,7 +7,7 @@ import pytest
 
 from stages.data.repeats import repeated_share
 from stages.data.rows import EXAMPLES
-from stages.evaluate import summarize
+from stages.evaluate import measured, summarize
 
 
 def row(**values: Any) -> dict[str, Any]:
@@ -129,3 +129,19 @@ def test_length_explains_nothing_where_nothing_is_told_apart(rows: list[Any]) ->
 def test_the_opponents_accuracy_is_known_only_with_its_rewards() -> None:
     assert "opponent_accuracy" not in summarize([WON])
     assert summarize([WON | {"opponent_sample_reward": 1.0}])["opponent_accuracy"] == 1
+
+
+def test_what_is_measured_on_each_example_has_the_metrics_as_its_means() -> None:
+    rows = [
+        {**WON, "sampled_reward": 1.0, "greedy_reward": 0.5, "opponent_sample_reward": 0.0},
+        {**LOST, "sampled_reward": 0.0, "opponent_sample_reward": 0.5, "human_token_ids": [1] * 9},
+        {**TIE, "sampled_finish_reason": "length", "greedy_reward": 1.0, "sampled": " "},
+    ]
+    metrics = summarize(rows)
+    sums: dict[str, tuple[float, float]] = {}
+    for each in measured(rows):
+        total, weight = sums.get(each.metric, (0.0, 0.0))
+        sums[each.metric] = (total + each.weight * each.value, weight + each.weight)
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    assert {"heldout_kl", "sampled_gain", "opponent_accuracy", "human_mean_tokens"} <= means.keys()
+    assert means == {name: pytest.approx(metrics[name]) for name in means}

@@ -1,141 +1,40 @@
-"""The typed schema of a recipe: the only home of defaults; see recipe.py for how it is filled.
+"""The sections of a recipe, but for suites and gates."""
 
-Fields marked `identity=False` name a place or change speed, not the result: they stay out of keys.
-"""
-
-import hashlib
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    model_validator,
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+
+from stages.config.fields import (
+    SECRET,
+    Count,
+    ModuleNames,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+    check_pattern,
+    check_url,
+    place,
+    read_judge_template,
+    read_template,
+    template_identity,
 )
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-IterationIndex = Annotated[int, Field(ge=0)]
 
-
-def _refuse_no_names(value: Any) -> Any:
-    """Say in words what a union of types says badly."""
-    is_list = isinstance(value, list | tuple) and value and all(isinstance(n, str) for n in value)
-    if not is_list and value != "all-linear":
-        raise ValueError("give a list of names, such as [q_proj, v_proj], or all-linear")
-    return value
-
-
-def _read_template(value: Any) -> Any:
-    """Read a chat template from its file; `recipe://` has become a path by now."""
-    if not isinstance(value, str) or not value.endswith(".jinja"):
-        return value
-    try:
-        return Path(value).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no UTF-8"
-        raise ValueError(
-            f"the template file cannot be read ({reason}); name one that exists, by its path or as "
-            "recipe://FILE.jinja beside the recipe"
-        ) from None
-
-
-def _template_identity(template: str | None) -> dict[str, Any]:
-    """Return what stands for a template in keys: its hash, where it is a text of its own."""
-    if template is None or template == "plain":
-        return {}
-    text = template.encode("utf-8", "surrogatepass")
-    return {"template": hashlib.sha256(text).hexdigest()}
-
-
-JUDGE_FIELDS = ("prompt", "answer_a", "answer_b", "human")
-"""What may stand in braces in the template of a judge."""
-
-
-def _read_judge_template(value: Any) -> Any:
-    """Read a judge's template from its file, and check that it shows both answers."""
-    if isinstance(value, str) and value.endswith(".txt"):
-        try:
-            value = Path(value).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "no UTF-8"
-            raise ValueError(
-                f"the template file cannot be read ({reason}); name one that exists, by its path "
-                "or as recipe://FILE.txt beside the recipe"
-            ) from None
-    if isinstance(value, str):
-        missing = [f"{{{name}}}" for name in JUDGE_FIELDS[:3] if f"{{{name}}}" not in value]
-        if missing:
-            raise ValueError(f"the template lacks {', '.join(missing)}; add it")
-    return value
-
-
-def _check_pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"no regular expression of Python's: {error}") from None
-    return value
-
-
-_SECRET = re.compile(r"(?i)(?:key|token|secret|passw|auth|sig)[^=&]*=")
-"""A query that looks as if it held one."""
-
-
-def _check_url(value: str | None) -> str | None:
-    parts = urlsplit(value) if value is not None else None
-    if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise ValueError("give an http:// or https:// address, such as http://localhost:8000/v1")
-    return value
-
-
-ModuleNames = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_refuse_no_names)]
-
-
-def _place(default: Any = ...) -> Any:
-    """Declare a field that does not decide the result: a path, a batch size for speed."""
-    return Field(default, json_schema_extra={"identity": False})
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
-    )
-
-    def identity(self) -> dict[str, Any]:
-        """Return the fields that decide the result, as plain JSON values."""
-        values = self.model_dump(mode="json")
-        for name, info in type(self).model_fields.items():
-            value = getattr(self, name)
-            if isinstance(info.json_schema_extra, dict):
-                if info.json_schema_extra.get("identity") is False:
-                    del values[name]
-            elif isinstance(value, _Section):
-                values[name] = value.identity()
-        return values
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model that the game starts from."""
 
-    path: str | None = _place(None)
+    path: str | None = place(None)
     """A folder, a model artifact, or a hub id; `recipe://x` is x beside the recipe file."""
-    revision: str | None = _place(None)
+    revision: str | None = place(None)
     """The commit of a hub model; it enters keys by the hashes of what was loaded."""
 
 
-class ChatConfig(_Section):
+class ChatConfig(Section):
     """How messages become tokens; one renderer for every stage."""
 
-    template: Annotated[str | None, BeforeValidator(_read_template)] = None
+    template: Annotated[str | None, BeforeValidator(read_template)] = None
     """A Jinja chat template, a file of one (`x.jinja`, `recipe://x.jinja`), or `plain` (see
     docs/data.md); None takes the tokenizer's own, and `plain` where it has none."""
     system: str | None = None
@@ -145,10 +44,10 @@ class ChatConfig(_Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the result; of a template, its hash."""
-        return super().identity() | _template_identity(self.template)
+        return super().identity() | template_identity(self.template)
 
 
-class WordSumsConfig(_Section):
+class WordSumsConfig(Section):
     """The built-in miniature task; see stages/data/word_sums.py."""
 
     num_examples: Count = 5000
@@ -158,20 +57,20 @@ class WordSumsConfig(_Section):
     """Examples of the seed's stream to leave out; slices of one stream share no prompt."""
 
 
-class ContaminationConfig(_Section):
+class ContaminationConfig(Section):
     """The report of held-out prompts that stand in the training part; see docs/data.md."""
 
     ngram: int = Field(13, ge=0)
     """Words in a row that a held-out prompt and a training row have in common where one is in the
     other; a prompt of fewer words is compared as a whole. 0 makes no report."""
-    warn_share: Share = _place(0.05)
+    warn_share: Share = place(0.05)
     """Warn when more than this share of the held-out prompts is contaminated."""
 
 
-class PrepareConfig(_Section):
+class PrepareConfig(Section):
     """Where prompts and human responses come from."""
 
-    source: str | None = _place(None)
+    source: str | None = place(None)
     """A file or folder (JSON lines, Parquet, CSV), here or at a URL (`s3://…`), or a Hugging Face
     data set id."""
     format: Literal["messages", "prompt_response", "gsm8k", "word_sums"] = "messages"
@@ -186,7 +85,7 @@ class PrepareConfig(_Section):
     messages_column: str = "messages"
     strip_calculator: bool = True
     """Remove GSM8K's `<<…>>` calculator marks."""
-    heldout_source: str | None = _place(None)
+    heldout_source: str | None = place(None)
     """A source of held-out rows of its own; None takes them from `source`."""
     heldout_split: str | None = None
     heldout_size: int = Field(500, ge=0)
@@ -198,7 +97,7 @@ class PrepareConfig(_Section):
     word_sums: WordSumsConfig = WordSumsConfig()
 
 
-class ForwardConfig(_Section):
+class ForwardConfig(Section):
     """How rows go through a model when log-probabilities are computed."""
 
     attention: Literal["auto", "shared", "packed", "padded", "single"] = "auto"
@@ -212,7 +111,7 @@ class ForwardConfig(_Section):
     """bf16 keeps fp32 weights and computes matrix products in bf16."""
 
 
-class ShardingConfig(_Section):
+class ShardingConfig(Section):
     """How several processes divide a model among them; one process has all of it."""
 
     group_size: Count | None = None
@@ -225,7 +124,7 @@ class ShardingConfig(_Section):
     """Keep weights and optimizer state in the CPU's memory between their uses."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """Checkpoints inside a training stage, from which a stage that was cut off goes on."""
 
     every_steps: Count | None = None
@@ -236,13 +135,13 @@ class CheckpointConfig(_Section):
     """Checkpoints kept, the newest; all are deleted when the stage is done."""
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How many processes work, and on what."""
 
-    processes: Count = _place(1)
+    processes: Count = place(1)
     """Processes that work together on this machine, one a GPU; `torchrun` and `accelerate
     launch` start them themselves."""
-    device: Literal["auto", "cpu", "cuda"] = _place("auto")
+    device: Literal["auto", "cpu", "cuda"] = place("auto")
     """auto: the GPUs where there are any."""
 
 
@@ -267,23 +166,23 @@ class OptimConfig(ForwardConfig, ParallelConfig):
     """Optimizer steps; set, it replaces `epochs`."""
     batch_size: Count = 64
     """Rows an optimizer step, over all processes; what exceeds a forward pass is accumulated."""
-    activation_checkpointing: Literal["none", "full", "selective"] = _place("none")
+    activation_checkpointing: Literal["none", "full", "selective"] = place("none")
     """`full` keeps only each layer's input and computes the rest again in the backward pass;
     `selective` keeps the outputs that cost most to compute."""
-    compile: bool = _place(False)
+    compile: bool = place(False)
     """Compile each layer with torch.compile, for rows padded to a few lengths."""
     max_length: Count = 2048
     """Rows whose prompt and response have more tokens than this are dropped and counted."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the saved model; auto takes that of the model it starts from. Training itself keeps
     fp32 weights."""
-    log_every: Count = _place(10)
+    log_every: Count = place(10)
     """Steps between two readings of the metrics from a GPU, each of which waits for it."""
-    sharding: ShardingConfig = _place(ShardingConfig())
-    checkpoint: CheckpointConfig = _place(CheckpointConfig())
+    sharding: ShardingConfig = place(ShardingConfig())
+    checkpoint: CheckpointConfig = place(CheckpointConfig())
 
 
-class ArchitectureConfig(_Section):
+class ArchitectureConfig(Section):
     """The shape of a model that starts from random weights."""
 
     family: Literal["llama", "qwen2"] = "llama"
@@ -310,7 +209,7 @@ class SftConfig(OptimConfig):
     learning_rate: Positive = 2e-5
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """How responses are drawn."""
 
     temperature: NonNegative = 1.0
@@ -335,13 +234,13 @@ def has_temperature(temperature: float) -> bool:
     return temperature == 0 or LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """What answers prompts."""
 
     name: Literal["transformers", "vllm", "ray"] = "transformers"
     """ray: vLLM on the workers of a Ray cluster."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    batch_size: Count = _place(256)
+    batch_size: Count = place(256)
     """Rows decoded together by the transformers engine; vLLM has max_num_seqs."""
     max_model_len: Count | None = None
     """Longest prompt and response together; None: the longest prompt plus max_new_tokens."""
@@ -349,23 +248,23 @@ class EngineConfig(_Section):
     """GPUs that hold one copy of the model together, by vLLM."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, json_schema_extra={"identity": False})
     """Share of each GPU's memory that vLLM takes."""
-    enforce_eager: bool | None = _place(None)
+    enforce_eager: bool | None = place(None)
     """vLLM without compilation: starts sooner, slower on a GPU; None compiles on a GPU only."""
     quantization: str | None = None
     """vLLM's name of a method, such as fp8; None: as the model's own config says."""
-    enable_prefix_caching: bool | None = _place(None)
+    enable_prefix_caching: bool | None = place(None)
     """Compute what prompts begin with in common once; None leaves it to vLLM, which does so for
     every model that it can do it for: the samples of one prompt share it."""
-    max_num_seqs: Count | None = _place(None)
+    max_num_seqs: Count | None = place(None)
     """Rows decoded together by vLLM; None leaves it to vLLM."""
-    max_num_batched_tokens: Count | None = _place(None)
+    max_num_batched_tokens: Count | None = place(None)
     """Tokens of one step of vLLM's, prompts and answers together; None leaves it to vLLM."""
-    processes: Count = _place(1)
+    processes: Count = place(1)
     """Engines side by side on this machine, each on tensor_parallel_size GPUs of its own; on a
     CPU they share the cores. ray: workers in the cluster."""
-    gpus: Count | None = _place(None)
+    gpus: Count | None = place(None)
     """GPUs to use; set, it replaces `processes`: an engine for every tensor_parallel_size."""
-    extra: dict[str, JsonValue] = {}
+    extra: dict[str, JsonValue] = Field(default_factory=dict)
     """Further vLLM engine arguments by its own names, lists and maps too; checked by their types
     before the engine starts."""
 
@@ -374,7 +273,7 @@ class EngineConfig(_Section):
         if self.name == "transformers":
             fields = EngineConfig.model_fields
             for name in OF_VLLM:
-                if getattr(self, name) != fields[name].get_default():
+                if getattr(self, name) != fields[name].get_default(call_default_factory=True):
                     raise ValueError(
                         f"{name} is vLLM's, and the engine is transformers; set name=vllm beside "
                         f"it, or leave {name} out"
@@ -382,7 +281,7 @@ class EngineConfig(_Section):
         return self
 
 
-class ParityConfig(_Section):
+class ParityConfig(Section):
     """The check that the engine ran the model that will be trained; see docs/generation.md.
 
     Its fields decide whether generate succeeds, and no row: they may be changed after a failure.
@@ -397,7 +296,7 @@ class ParityConfig(_Section):
     """Largest difference of a token, one in a thousand left out; None: likewise."""
 
 
-class PoolConfig(_Section):
+class PoolConfig(Section):
     """Older opponents that answer beside the newest one."""
 
     size: int = Field(0, ge=0)
@@ -422,15 +321,15 @@ class GenerateConfig(SamplingConfig):
     number must then be the same in all iterations."""
     pool: PoolConfig = PoolConfig()
     """Older opponents that answer a share of the prompts."""
-    shard_rows: Count | None = _place(None)
+    shard_rows: Count | None = place(None)
     """Rows a shard: what a kill can cost at most, and what one worker takes at a time. None: a
     32nd of all, but 128 at least and 2,048 at most. What an attempt began with holds to its end."""
-    join: bool = _place(False)
+    join: bool = place(False)
     """Where another process is answering these prompts for the same place, help it."""
-    show_samples_every_s: Positive | None = _place(None)
+    show_samples_every_s: Positive | None = place(None)
     """Seconds between two answers that are shown while the engine works; None shows none."""
     engine: EngineConfig = EngineConfig()
-    parity: ParityConfig = _place(ParityConfig())
+    parity: ParityConfig = place(ParityConfig())
     """The check of the engine against the trainer's model."""
 
     @property
@@ -439,7 +338,7 @@ class GenerateConfig(SamplingConfig):
         return self.max_prompts is None and self.prompt_share is None
 
 
-class MathRewardConfig(_Section):
+class MathRewardConfig(Section):
     r"""1 where the answer in the last `\boxed{}` has the value of the human one, else 0."""
 
     human: Literal["boxed", "whole"] = "boxed"
@@ -448,7 +347,7 @@ class MathRewardConfig(_Section):
     """Seconds of processor time that one comparison may take."""
 
 
-class ExactRewardConfig(_Section):
+class ExactRewardConfig(Section):
     """1 where the response is the human response, else 0."""
 
     strip: bool = True
@@ -458,10 +357,10 @@ class ExactRewardConfig(_Section):
     ignore_case: bool = False
 
 
-class RegexRewardConfig(_Section):
+class RegexRewardConfig(Section):
     """1 where a regular expression is found, or finds what it finds in the human response."""
 
-    pattern: Annotated[str, AfterValidator(_check_pattern)] = ""
+    pattern: Annotated[str, AfterValidator(check_pattern)] = ""
     """In Python's syntax; flags stand in it, such as `(?is)`."""
     compare: Literal["found", "human"] = "found"
     """`found`: 1 where the pattern is found. `human`: 1 where its last match in the response has
@@ -471,10 +370,10 @@ class RegexRewardConfig(_Section):
     """Seconds of processor time that one response may take."""
 
 
-class PythonRewardConfig(_Section):
+class PythonRewardConfig(Section):
     """A function in a file of yours; see docs/rewards.md."""
 
-    file: str | None = _place(None)
+    file: str | None = place(None)
     """The file; `recipe://x.py` is x.py beside the recipe. Its SHA-256 enters keys."""
     function: str = "reward"
     """Its name; called with a prompt's messages, a response and the human response."""
@@ -482,36 +381,36 @@ class PythonRewardConfig(_Section):
     """Seconds that one call may take."""
 
 
-class ModelRewardConfig(_Section):
+class ModelRewardConfig(Section):
     """A reward model: a sequence classifier with one label, whose logit is the reward."""
 
-    path: str | None = _place(None)
+    path: str | None = place(None)
     """A folder or a hub id; `recipe://x` is x beside the recipe. Its hashes enter keys."""
-    revision: str | None = _place(None)
+    revision: str | None = place(None)
     """The commit of a hub model."""
-    template: Annotated[str | None, BeforeValidator(_read_template)] = None
+    template: Annotated[str | None, BeforeValidator(read_template)] = None
     """A Jinja chat template, a file of one, or `plain`; None takes that of the model's own
     tokenizer."""
     engine: EngineConfig = EngineConfig()
     """transformers, or vLLM, in a process of its own; `max_model_len` is the longest conversation
     in tokens, None: as long as the model can take."""
-    token_budget: Count = _place(16384)
+    token_budget: Count = place(16384)
     """Tokens of one forward pass of transformers, padding included; engine.batch_size bounds its
     rows."""
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the result; of a template, its hash."""
-        return super().identity() | _template_identity(self.template)
+        return super().identity() | template_identity(self.template)
 
 
-class JudgeRewardConfig(_Section):
+class JudgeRewardConfig(Section):
     """A language model that compares two answers, behind an OpenAI-compatible URL."""
 
-    url: Annotated[str | None, AfterValidator(_check_url)] = _place(None)
+    url: Annotated[str | None, AfterValidator(check_url)] = place(None)
     """Where the server is, such as http://localhost:8000/v1; `/chat/completions` is added."""
     model: str | None = None
     """The model's name on the server."""
-    api_key_env: str | None = _place(None)
+    api_key_env: str | None = place(None)
     """Name of the environment variable that holds the key; the key itself is written nowhere."""
     against: Literal["samples", "human"] = "samples"
     """`samples`: a reward is the share of wins against the other samples of the prompt, or against
@@ -519,7 +418,7 @@ class JudgeRewardConfig(_Section):
     max_comparisons: Count | None = None
     """Pairs of samples compared for a prompt, each in both orders; drawn so that all samples have
     nearly equally many. None compares all."""
-    template: Annotated[str | None, BeforeValidator(_read_judge_template)] = None
+    template: Annotated[str | None, BeforeValidator(read_judge_template)] = None
     """What is asked, or a `.txt` file of it, with {prompt}, {answer_a}, {answer_b} and, if
     wanted, {human}; None takes ours. The last [[A]], [[B]] or [[tie]] of the reply is the
     verdict."""
@@ -527,22 +426,22 @@ class JudgeRewardConfig(_Section):
     max_tokens: Count = 1024
     """Tokens of a reply."""
     seed: int = 0
-    timeout_s: Positive = _place(120.0)
+    timeout_s: Positive = place(120.0)
     """Seconds that one reply may take."""
     retries: int = Field(5, ge=0, json_schema_extra={"identity": False})
     """How often a request is sent again where the server is busy, fails or cannot be reached."""
-    concurrency: Count = _place(8)
+    concurrency: Count = place(8)
     """Comparisons that are asked at a time."""
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the result; of a template, its hash."""
-        return super().identity() | _template_identity(self.template)
+        return super().identity() | template_identity(self.template)
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> "JudgeRewardConfig":
         # Of the section, not of its field: an error of a field quotes the value.
         parts = urlsplit(self.url or "")
-        if "@" in parts.netloc or _SECRET.search(f"{parts.query}&{parts.fragment}"):
+        if "@" in parts.netloc or SECRET.search(f"{parts.query}&{parts.fragment}"):
             raise ValueError(
                 "url is written into the run and seems to hold a key or a password; put it into "
                 "the variable that api_key_env names"
@@ -553,18 +452,18 @@ class JudgeRewardConfig(_Section):
 RewardName = Literal["none", "gsm8k", "math", "exact", "regex", "python", "model", "judge"]
 
 
-class RewardConfig(_Section):
+class RewardConfig(Section):
     """What scores a response; see docs/rewards.md."""
 
     name: RewardName = "none"
     r"""`gsm8k`: the number after `####`; `math`: the value in `\boxed{}`; the others as their
     sections say."""
-    on_error: Literal["quarantine", "stop"] = _place("quarantine")
+    on_error: Literal["quarantine", "stop"] = place("quarantine")
     """A response that cannot be scored is left out and counted, with its reason; or it stops the
     stage. It is never given a score."""
-    processes: Count = _place(1)
+    processes: Count = place(1)
     """Processes that score rows side by side, for math, regex and python."""
-    shard_prompts: Count | None = _place(None)
+    shard_prompts: Count | None = place(None)
     """Prompts whose scores are committed together, which is what a kill can cost at most. None:
     16 for a judge, 256 for a model, else 2,048."""
     math: MathRewardConfig = MathRewardConfig()
@@ -578,7 +477,7 @@ class RewardConfig(_Section):
         """Return the name, and what decides the result of the section of that name."""
         section = getattr(self, self.name, None)
         values: dict[str, Any] = {"name": self.name}
-        return values | ({self.name: section.identity()} if isinstance(section, _Section) else {})
+        return values | ({self.name: section.identity()} if isinstance(section, Section) else {})
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "RewardConfig":
@@ -596,7 +495,7 @@ class RewardConfig(_Section):
         return self
 
 
-class ReplayConfig(_Section):
+class ReplayConfig(Section):
     """Pairs of earlier iterations that are trained on again, rescored under the new reference."""
 
     iterations: int = Field(0, ge=0)
@@ -610,7 +509,7 @@ class ReplayConfig(_Section):
 PairPolicy = Literal["human_vs_self", "human_vs_worst", "best_vs_worst", "best_vs_random", "random"]
 
 
-class PairConfig(_Section):
+class PairConfig(Section):
     """How a prompt gets its chosen and rejected response."""
 
     policy: PairPolicy = "human_vs_self"
@@ -691,7 +590,7 @@ class PairConfig(_Section):
         return self
 
 
-class ReferenceConfig(_Section):
+class ReferenceConfig(Section):
     """The model that the player is held to, and against which its rewards are measured."""
 
     policy: Literal["opponent", "first"] = "opponent"
@@ -713,11 +612,11 @@ class ReferenceConfig(_Section):
 class ScoreConfig(ForwardConfig, ParallelConfig):
     """Log-probabilities of pairs under the reference."""
 
-    shard_rows: Count = _place(2048)
+    shard_rows: Count = place(2048)
     """Rows a shard: what a kill can cost at most, and what one process takes at a time."""
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Low-rank adapters: a model's weights stay, and small additions B·A to them are trained."""
 
     rank: Count = 16
@@ -769,21 +668,7 @@ class EvaluateConfig(SamplingConfig, ForwardConfig):
     """None takes generate's."""
 
 
-class PromoteConfig(_Section):
-    """When the player becomes champion."""
-
-    metric: str = "heldout_reward_accuracy"
-    """One of evaluate's metrics."""
-    min_value: float | None = None
-    """The metric must reach this value."""
-    min_gain: float | None = None
-    """The metric must exceed the champion's by at least this; before there is a champion, the
-    start's, where it has the metric."""
-    on_refusal: Literal["stop", "champion", "player"] = "stop"
-    """After a refusal: stop the run, play on from the champion, or from the player anyway."""
-
-
-class AlarmConfig(_Section):
+class AlarmConfig(Section):
     """When one alarm fires, and what then happens."""
 
     threshold: float | None
@@ -793,7 +678,7 @@ class AlarmConfig(_Section):
     stop: the stage itself ends with exit code 5, and leaves no artifact."""
 
 
-class AlarmsConfig(_Section):
+class AlarmsConfig(Section):
     """Signs of a collapse that loss and reward accuracy do not show; see docs/alarms.md.
 
     They change no number that a stage writes, so they are in no key but promote's.
@@ -850,7 +735,7 @@ class AlarmsConfig(_Section):
         }
 
 
-class AdaptConfig(_Section):
+class AdaptConfig(Section):
     """A setting that follows a measurement from one iteration to the next."""
 
     target_kl: Positive | None = None
@@ -872,7 +757,7 @@ class AdaptConfig(_Section):
         return self
 
 
-class StopConfig(_Section):
+class StopConfig(Section):
     """When a run has converged; `spin run --until-converged` asks after each iteration."""
 
     max_iterations: Count = 10
@@ -887,102 +772,3 @@ class StopConfig(_Section):
     """Stop when the metric of `promote` gained less than this in each of `patience` iterations."""
     patience: Count = 2
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-
-
-class RunConfig(_Section):
-    """A recipe, resolved for one iteration."""
-
-    name: str = "run"
-    seed: int = Field(0, ge=0)
-    verify: bool = _place(True)
-    """Check the SHA-256 of inputs before their first use."""
-    threads: Count | None = _place(None)
-    """CPU threads of torch; None leaves torch's own choice."""
-    model: ModelConfig = ModelConfig()
-    chat: ChatConfig = ChatConfig()
-    prepare: PrepareConfig = PrepareConfig()
-    sft: SftConfig | None = None
-    """None: the game starts from `model` itself."""
-    generate: GenerateConfig = GenerateConfig()
-    reward: RewardConfig = RewardConfig()
-    pair: PairConfig = PairConfig()
-    reference: ReferenceConfig = ReferenceConfig()
-    score: ScoreConfig = ScoreConfig()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    promote: PromoteConfig = PromoteConfig()
-    alarms: AlarmsConfig = AlarmsConfig()
-    adapt: AdaptConfig = AdaptConfig()
-    stop: StopConfig = StopConfig()
-
-    @model_validator(mode="after")
-    def _vllm_has_the_temperature(self) -> "RunConfig":
-        for name, section in (("generate", self.generate), ("evaluate", self.evaluate)):
-            engine = section.engine or self.generate.engine
-            if engine.name != "transformers" and not has_temperature(section.temperature):
-                raise ValueError(
-                    f"{name}.temperature={section.temperature}: vLLM has 0 (greedy) and "
-                    f"{LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}; change it, or set "
-                    f"{name}.engine.name=transformers"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _ranking_needs_rewards(self) -> "RunConfig":
-        policy, least = self.pair.policy, 1 if self.pair.policy == "human_vs_worst" else 2
-        if self.pair.needs_rewards and (
-            self.reward.name == "none" or self.generate.num_samples < least
-        ):
-            raise ValueError(
-                f"pair.policy={policy} needs reward.name to be set and "
-                f"generate.num_samples >= {least}; they are {self.reward.name} and "
-                f"{self.generate.num_samples}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sppo_is_told_probabilities(self) -> "RunConfig":
-        if self.train.loss == "sppo" and self.pair.win_probability == "none":
-            raise ValueError(
-                "train.loss=sppo needs to know how surely chosen beats rejected; set "
-                "pair.win_probability (one for human responses; see docs/pairing.md)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _drawn_one_way(self) -> "RunConfig":
-        if self.generate.max_prompts is not None and self.generate.prompt_share is not None:
-            raise ValueError(
-                "generate.max_prompts and generate.prompt_share exclude each other; set one"
-            )
-        if self.generate.draw == "slices" and self.generate.draws_all:
-            raise ValueError(
-                "generate.draw=slices takes a part of the prompts each iteration; set how many by "
-                "generate.max_prompts or generate.prompt_share, or leave draw out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _divergence_can_be_measured(self) -> "RunConfig":
-        drawn = self.evaluate
-        plainly = (drawn.temperature, drawn.top_p, drawn.top_k) == (1.0, 1.0, 0)
-        if self.adapt.target_kl is not None and not plainly:
-            raise ValueError(
-                "adapt.target_kl needs evaluate.temperature=1, top_p=1 and top_k=0: of samples "
-                "drawn in another way no divergence can be told"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _carried_schedules_are_constant(self) -> "RunConfig":
-        if self.train.carry_optimizer and self.train.schedule != "constant":
-            raise ValueError(
-                "train.carry_optimizer runs one schedule over all iterations, whose number is "
-                "open; set train.schedule=constant (with train.warmup_steps=N)"
-            )
-        if self.train.carry_optimizer and self.train.warmup_steps is None:
-            raise ValueError(
-                "train.carry_optimizer counts steps over all iterations, whose number is open, so "
-                "that warmup_ratio is a share of nothing; set train.warmup_steps=N (0 for none)"
-            )
-        return self

@@ -1,0 +1,124 @@
+"""Suites: named evaluations beside the run's own; see docs/evaluation.md."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, JsonValue, model_validator
+
+from stages.config.fields import Count, Section, place
+from stages.config.sections import EngineConfig, PrepareConfig, RewardConfig, SamplingConfig
+
+
+class _Suite(Section):
+    every: Count = place(1)
+    """`spin run` asks this suite after so many iterations (and before the first)."""
+
+
+class TaskSuiteConfig(_Suite, SamplingConfig):
+    """Prompts answered and scored by a reward: accuracy, pass@k, majority@k."""
+
+    kind: Literal["task"]
+    data: PrepareConfig | None = place(None)
+    """Prompts of its own, all of which are asked; None: the run's held-out prompts."""
+    reward: RewardConfig | None = None
+    """None takes the run's."""
+    num_samples: int = Field(1, ge=0)
+    """Samples a prompt; 0 answers only greedily."""
+    greedy: bool = True
+    k: tuple[Count, ...] = ()
+    """pass@k and majority@k are told for each of these; none above num_samples."""
+    pass_reward: float = 1.0
+    """A response passes at this reward or more."""
+    max_prompts: Count | None = None
+    """Ask only this many, drawn by hash."""
+    engine: EngineConfig | None = None
+    """None takes evaluate's."""
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> "TaskSuiteConfig":
+        above = [k for k in self.k if k > self.num_samples]
+        if above:
+            raise ValueError(
+                f"k={above[0]} is above num_samples={self.num_samples}; draw more, or leave it out"
+            )
+        if not self.num_samples and not self.greedy:
+            raise ValueError("num_samples=0 and greedy=false answer nothing; set one of them")
+        return self
+
+
+class LmEvalSuiteConfig(_Suite):
+    """Tasks of lm-evaluation-harness, asked by that library itself."""
+
+    kind: Literal["lm_eval"]
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of its tasks or groups, or open_llm_leaderboard_v1 (six tasks with their few-shot
+    settings)."""
+    task_dir: str | None = place(None)
+    """A folder with task files of your own. They can run code: name only what you trust."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question; None: as each task says."""
+    limit: Count | None = None
+    """Only the first so many questions of each task."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    batch_size: Count = place(8)
+    apply_chat_template: bool = False
+    seed: int = Field(1234, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    model_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Further arguments of the library's model class."""
+
+
+class WinRateSuiteConfig(_Suite):
+    """Answers of a model against others to the same prompts, by a reward or a judge."""
+
+    kind: Literal["win_rate"]
+    against: Literal["human", "opponent", "champion", "start"] = "opponent"
+    """Whom `spin run` compares the player with."""
+    answers: Literal["sampled", "greedy"] = "sampled"
+    """Which of an evaluation's answers are compared."""
+    reward: RewardConfig | None = None
+    """Who decides; None takes the run's."""
+    swap: bool = True
+    """A judge sees each pair in both orders, and the two verdicts are averaged."""
+    max_prompts: Count | None = None
+
+
+class MtBenchSuiteConfig(_Suite, SamplingConfig):
+    """MT-Bench's two-turn questions, answered for its judge, whose verdicts are read back."""
+
+    kind: Literal["mt_bench"]
+    questions: str | None = place(None)
+    """A question.jsonl file."""
+    max_new_tokens: Count = 1024
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """For categories that FastChat's table of temperatures does not name."""
+    engine: EngineConfig | None = None
+
+
+class AlpacaEvalSuiteConfig(_Suite, SamplingConfig):
+    """AlpacaEval's instructions, answered for its annotators, whose verdicts are read back."""
+
+    kind: Literal["alpaca_eval"]
+    instructions: str | None = place(None)
+    """A JSON file with a list of {instruction, dataset}."""
+    max_new_tokens: Count = 2048
+    engine: EngineConfig | None = None
+
+
+Suite = Annotated[
+    TaskSuiteConfig
+    | LmEvalSuiteConfig
+    | WinRateSuiteConfig
+    | MtBenchSuiteConfig
+    | AlpacaEvalSuiteConfig,
+    Field(discriminator="kind"),
+]
+
+
+def _check_names(suites: dict[str, Any]) -> dict[str, Any]:
+    for name in suites:
+        if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()):
+            raise ValueError(f"{name!r} is no name of a suite; use letters, digits, - and _")
+    return suites
+
+
+Suites = Annotated[dict[str, Suite], AfterValidator(_check_names)]

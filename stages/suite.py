@@ -1,0 +1,59 @@
+"""suite: a named evaluation of the recipe's; one row an answer."""
+
+from pathlib import Path
+
+from stages import engines
+from stages.artifacts import Manifest
+from stages.config import (
+    AlpacaEvalSuiteConfig,
+    LmEvalSuiteConfig,
+    MtBenchSuiteConfig,
+    RunConfig,
+    TaskSuiteConfig,
+    WinRateSuiteConfig,
+)
+from stages.engines import OpenEngine
+from stages.errors import ConfigError
+from stages.suites.base import SuiteInputs, SuiteWork
+
+
+def run(
+    config: RunConfig,
+    inputs: SuiteInputs,
+    out: Path,
+    *,
+    open_engine: OpenEngine = engines.open_engine,
+) -> Manifest:
+    """Ask a suite; write its measures (see data/measures.py) and examples.parquet.
+
+    Raises:
+        ConfigError: the recipe has no such suite.
+        InputError: inputs are missing or do not belong together.
+    """
+    suite = config.suites.get(inputs.name)
+    work = SuiteWork(config, inputs, out, open_engine)
+    match suite:
+        case TaskSuiteConfig():
+            from stages.suites import task
+
+            return task.run(work, suite)
+        case LmEvalSuiteConfig():
+            from stages.suites import lm_eval
+
+            return lm_eval.run(work, suite)
+        case WinRateSuiteConfig():
+            from stages.suites import win_rate
+
+            return win_rate.run(work, suite)
+        case MtBenchSuiteConfig():
+            from stages.suites import mt_bench
+
+            return mt_bench.run(work, suite)
+        case AlpacaEvalSuiteConfig():
+            from stages.suites import alpaca_eval
+
+            return alpaca_eval.run(work, suite)
+    raise ConfigError(
+        f"--suite {inputs.name}: {config.name} has no such suite; it has "
+        f"{', '.join(config.suites) or 'none'} (see `suites` in docs/evaluation.md)"
+    )
