@@ -7,6 +7,32 @@ import typer
 from typer.core import TyperGroup
 
 from spin_cli.failures import reported
+from spin_cli.options import (
+    Config,
+    Data,
+    Generations,
+    Gpus,
+    Iteration,
+    Json,
+    MaybeIteration,
+    MaybeModel,
+    Model,
+    NoVerify,
+    Out,
+    Overrides,
+    Pairs,
+    Processes,
+    Prompts,
+    Quiet,
+    Revision,
+    Run,
+    ScoredPairs,
+    Shrink,
+    TransferThreads,
+    Url,
+    Verbose,
+    example,
+)
 from spin_cli.screen import put, put_json, say, set_up_messages
 
 if TYPE_CHECKING:
@@ -43,68 +69,8 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The artifact to make: a new directory.")]
-Config = Annotated[
-    str | None,
-    typer.Option("--config", "-c", metavar="RECIPE",
-                 help="A recipe file, or the name of a shipped recipe."),
-]  # fmt: skip
-Iteration = Annotated[
-    int, typer.Option("--iteration", "-t", min=0, help="Whose settings and seeds hold.")
-]
-MaybeIteration = Annotated[
-    int | None, typer.Option("--iteration", "-t", min=0, help="Whose settings hold.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings to override.")
-]
-NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not check the hashes of inputs. Damage goes unseen.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Details, and tracebacks.")]
-Data = Annotated[Path, typer.Option("--data", help="The output of prepare.")]
-Prompts = Annotated[Path, typer.Option("--data", "--prompts", help="The output of prepare.")]
-Generations = Annotated[
-    list[Path],
-    typer.Option("--generations", help="The output of generate; several times with a pool, the "
-                 "newest opponent's first."),
-]  # fmt: skip
-Shrink = Annotated[
-    bool, typer.Option("--shrink", help="The recipe's reduced form: tiny model, little data.")
-]
-Pairs = Annotated[Path, typer.Option("--pairs", help="The output of pair.")]
-ScoredPairs = Annotated[Path, typer.Option("--pairs", help="The output of score.")]
-Model = Annotated[
-    str, typer.Option("--model", help="An artifact, a model folder, RUN/champion, or a hub id.")
-]
-MaybeModel = Annotated[
-    str | None,
-    typer.Option("--model", help="An artifact, a model folder, RUN/champion, or a hub id. "
-                 "[default: the recipe's model.path]", show_default=False),
-]  # fmt: skip
-Revision = Annotated[str | None, typer.Option("--revision", help="The commit of a hub model.")]
-Processes = Annotated[
-    int | None,
-    typer.Option("--processes", min=1, help="Work with so many processes on this machine."),
-]
-Gpus = Annotated[
-    int | None,
-    typer.Option("--gpus", min=1, help="Work on so many GPUs of this machine, a process each."),
-]
-Url = Annotated[
-    str, typer.Argument(metavar="URL", help="s3://bucket/folder, or what else fsspec knows.")
-]
-TransferThreads = Annotated[int, typer.Option("--threads", min=1, help="Files carried at once.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
-
-def _example(*lines: str) -> str:
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-@app.command(epilog=_example("spin prepare --source train.jsonl --out data --config gsm8k"))
+@app.command(epilog=example("spin prepare --source train.jsonl --out data --config gsm8k"))
 def prepare(
     out: Out,
     source: Annotated[
@@ -124,7 +90,7 @@ def prepare(
     _execute(Step("prepare", out), _recipe(config, overrides, source, shrink=shrink))
 
 
-@app.command(epilog=_example("spin sft --data data --model BASE --out models/sft sft.epochs=1"))
+@app.command(epilog=example("spin sft --data data --model BASE --out models/sft sft.epochs=1"))
 def sft(
     out: Out,
     data: Data,
@@ -154,7 +120,7 @@ def sft(
 
 
 @app.command(
-    epilog=_example("spin generate --model M --prompts data --out generations",
+    epilog=example("spin generate --model M --prompts data --out generations",
                     "spin generate --model M --data data --out g --gpus 8 --join",
                     "spin generate --model M --data data --out g generate.temperature=0.7")
 )  # fmt: skip
@@ -216,7 +182,7 @@ def generate(
 
 
 @app.command(
-    epilog=_example("spin reward --data data --generations generations --out rewards "
+    epilog=example("spin reward --data data --generations generations --out rewards "
                     "reward.name=gsm8k")
 )  # fmt: skip
 def reward(
@@ -241,7 +207,7 @@ def reward(
 
 
 @app.command(
-    epilog=_example("spin pair --data data --generations generations --model M --out pairs")
+    epilog=example("spin pair --data data --generations generations --model M --out pairs")
 )
 def pair(
     out: Out,
@@ -283,7 +249,7 @@ def pair(
     _execute(Step("pair", out, iteration, options, several), recipe, no_verify)
 
 
-@app.command(epilog=_example("spin score --pairs pairs --model M --out scored"))
+@app.command(epilog=example("spin score --pairs pairs --model M --out scored"))
 def score(
     out: Out,
     pairs: Pairs,
@@ -310,7 +276,7 @@ def score(
 
 
 @app.command(
-    epilog=_example("spin train --pairs scored --model M --out player train.beta=0.1",
+    epilog=example("spin train --pairs scored --model M --out player train.beta=0.1",
                     "spin train --pairs scored --model M --out player --gpus 8")
 )  # fmt: skip
 def train(
@@ -349,7 +315,7 @@ def train(
 
 
 @app.command(
-    epilog=_example("spin evaluate --model player --opponent M --data data --out evaluation")
+    epilog=example("spin evaluate --model player --opponent M --data data --out evaluation")
 )
 def evaluate(
     out: Out,
@@ -397,7 +363,7 @@ def evaluate(
 
 
 @app.command(
-    epilog=_example("spin promote runs/demo --iteration 2", "spin promote runs/demo --rollback")
+    epilog=example("spin promote runs/demo --iteration 2", "spin promote runs/demo --rollback")
 )
 def promote(
     run: Run,
@@ -461,7 +427,7 @@ def _roll_back(run: Path) -> None:
 
 @app.command(
     name="run",
-    epilog=_example("spin run demo --run runs/demo --iterations 3",
+    epilog=example("spin run demo --run runs/demo --iterations 3",
                     "spin run recipe.yaml --run runs/a --iterations 1 --dry-run train.beta=0.05",
                     "spin run demo --run runs/b -n 9 --keep-engine generate.engine.name=vllm"),
 )  # fmt: skip
@@ -574,7 +540,7 @@ def _control_arm(run: Path) -> Path:
     return run.with_name(f"{run.name}-control")
 
 
-@app.command(epilog=_example("spin init runs/a --config demo"))
+@app.command(epilog=example("spin init runs/a --config demo"))
 def init(
     run: Run,
     config: Config = None,
@@ -595,7 +561,7 @@ def init(
         start_or_resume(layout, recipe)
 
 
-@app.command(epilog=_example('spin generate --model "$(spin opponent runs/a --iteration 1)" …'))
+@app.command(epilog=example('spin generate --model "$(spin opponent runs/a --iteration 1)" …'))
 def opponent(
     run: Run,
     iteration: Iteration,
@@ -638,7 +604,7 @@ def opponent(
         put(found.evaluation if evaluation else found.model)
 
 
-@app.command(epilog=_example("spin train … $(spin adapted runs/a --iteration 1)"))
+@app.command(epilog=example("spin train … $(spin adapted runs/a --iteration 1)"))
 def adapted(run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print the setting that measurements changed for an iteration."""
     set_up_messages(quiet=quiet, verbose=verbose)
@@ -651,7 +617,7 @@ def adapted(run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbo
         put(f"{name}={value!r}")
 
 
-@app.command(epilog=_example("spin converged runs/a --iteration 3"))
+@app.command(epilog=example("spin converged runs/a --iteration 3"))
 def converged(
     run: Run, iteration: Iteration, quiet: Quiet = False, verbose: Verbose = False
 ) -> None:
@@ -667,7 +633,7 @@ def converged(
         put(reason)
 
 
-@app.command(epilog=_example("spin status runs/demo", "spin status runs/demo --json"))
+@app.command(epilog=example("spin status runs/demo", "spin status runs/demo --json"))
 def status(run: Run, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Show stages, key metrics and champion of a run."""
     set_up_messages(quiet=quiet, verbose=verbose)
@@ -680,7 +646,7 @@ def status(run: Run, as_json: Json = False, quiet: Quiet = False, verbose: Verbo
         put_status(run)
 
 
-@app.command(epilog=_example("spin verify runs/demo", "spin verify runs/demo/data --json"))
+@app.command(epilog=example("spin verify runs/demo", "spin verify runs/demo/data --json"))
 def verify(
     place: Annotated[Path, typer.Argument(metavar="RUN|ARTIFACT", help="What to check.")],
     as_json: Json = False,
@@ -710,7 +676,7 @@ def verify(
 
 
 @app.command(
-    epilog=_example("spin push runs/demo s3://bucket/runs/demo",
+    epilog=example("spin push runs/demo s3://bucket/runs/demo",
                     "spin push runs/demo/models/sft s3://bucket/models/sft")
 )  # fmt: skip
 def push(
@@ -733,7 +699,7 @@ def push(
     say(f"{url}: {transfer.push(place, url, threads=threads, amend=amend).line('sent')}")
 
 
-@app.command(epilog=_example("spin pull s3://bucket/runs/demo runs/demo && spin verify runs/demo"))
+@app.command(epilog=example("spin pull s3://bucket/runs/demo runs/demo && spin verify runs/demo"))
 def pull(
     url: Url,
     place: Annotated[Path, typer.Argument(metavar="PLACE", help="A new directory, or the run "
@@ -755,7 +721,7 @@ def pull(
     say(f"{place}: {transfer.pull(url, place, threads=threads, amend=amend).line('fetched')}")
 
 
-@config_app.command("show", epilog=_example("spin config show demo --iteration 1 train.beta=0.05"))
+@config_app.command("show", epilog=example("spin config show demo --iteration 1 train.beta=0.05"))
 def config_show(
     recipe: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file, or a shipped recipe.")
@@ -777,7 +743,7 @@ def config_show(
         put(setting_line(name, value, origin))
 
 
-@config_app.command("list", epilog=_example("spin config list"))
+@config_app.command("list", epilog=example("spin config list"))
 def config_list() -> None:
     """Print the names of the shipped recipes."""
     set_up_messages()
@@ -787,7 +753,7 @@ def config_list() -> None:
         put(f"{name}\t{recipes.summary(path)}".rstrip())
 
 
-@app.command(epilog=_example("spin version"))
+@app.command(epilog=example("spin version"))
 def version() -> None:
     """Print the versions that can change a result."""
     from stages.artifacts.produce import library_versions
