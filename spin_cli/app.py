@@ -1,5 +1,6 @@
 """The Typer app: every command parses, loads the recipe, calls one stage, and prints."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,7 @@ from spin_cli.screen import put, put_json, say, set_up_messages
 
 if TYPE_CHECKING:
     from spin_cli.steps import Step
+    from stages.layout import RunLayout
     from stages.recipe import Recipe
 
 
@@ -77,6 +79,9 @@ def prepare(
         str | None,
         typer.Option("--source", help="A file, a folder, or a data set id; sets prepare.source."),
     ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Read a suite's own prompts: its `data` section.")
+    ] = None,
     config: Config = None,
     shrink: Shrink = False,
     overrides: Overrides = None,
@@ -87,7 +92,11 @@ def prepare(
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    _execute(Step("prepare", out), _recipe(config, overrides, source, shrink=shrink))
+    if suite is not None and source is not None:
+        raise typer.BadParameter("--source is not a suite's; set suites.NAME.data.source=…")
+    options = {"suite": suite} if suite is not None else {}
+    recipe = _recipe(config, overrides, source, shrink=shrink)
+    _execute(Step("prepare", out, options=options), recipe)
 
 
 @app.command(epilog=example("spin sft --data data --model BASE --out models/sft sft.epochs=1"))
@@ -315,11 +324,12 @@ def train(
 
 
 @app.command(
-    epilog=example("spin evaluate --model player --opponent M --data data --out evaluation")
-)
+    epilog=example("spin evaluate --model player --opponent M --data data --out evaluation",
+                   "spin evaluate --suite gsm8k --model M --data data --out e --config r.yaml")
+)  # fmt: skip
 def evaluate(
     out: Out,
-    data: Data,
+    data: Annotated[Path | None, typer.Option("--data", help="The output of prepare.")] = None,
     model: MaybeModel = None,
     revision: Revision = None,
     opponent: Annotated[
@@ -333,6 +343,23 @@ def evaluate(
         typer.Option("--opponent-evaluation", help="The opponent's own evaluation, whose samples "
                      "are used instead of drawing them again."),
     ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Ask this suite of the recipe's instead.")
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", help="Of a suite: an evaluation of the model, whose answers are "
+                     "taken instead of asking it."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Of a win rate: an artifact with the answers to compare "
+                     "with. [default: the human ones]", show_default=False),
+    ] = None,
+    judged: Annotated[
+        Path | None,
+        typer.Option("--judged", help="Of MT-Bench and AlpacaEval: what their judge found."),
+    ] = None,
     config: Config = None,
     shrink: Shrink = False,
     iteration: MaybeIteration = None,
@@ -341,23 +368,34 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Try a model on held-out prompts.
+    """Try a model on held-out prompts, or on a suite.
 
-    With an opponent, also compare the two.
+    With an opponent, also compare the two. A suite asked of a model in a run takes the run's recipe
+    and data, unless others are given.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
 
-    recipe = _recipe(config, overrides, shrink=shrink)
-    options = {**_model(recipe, iteration, model, revision), "data": str(data)}
+    of_suites = {"answers": answers, "against": against, "judged": judged}
+    of_itself = {"opponent": opponent, "opponent_revision": opponent_revision,
+                 "opponent_evaluation": opponent_evaluation}  # fmt: skip
+    unfit = of_suites if suite is None else of_itself
+    for name, value in unfit.items():
+        if value is not None:
+            without = "goes with --suite" if suite is None else "does not go with --suite"
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {without}")
+    if suite is None and data is None:
+        raise typer.BadParameter("give --data, the output of prepare")
+    run = _run_of(model) if suite is not None and config is None else None
+    recipe = _recipe(config, overrides, shrink=shrink) if run is None else run.recipe(overrides)
+    if run is not None and suite is not None and data is None:
+        data = run.data_of(suite)
+    is_read = judged is not None and model is None
+    options = {} if is_read else _model(recipe, iteration, model, revision)
     if opponent is not None:
         theirs = _model(recipe, iteration, opponent, opponent_revision)
-        opponent_revision = theirs.get("revision")
-    more = {
-        "opponent": opponent,
-        "opponent_revision": opponent_revision,
-        "opponent_evaluation": opponent_evaluation,
-    }
+        of_itself["opponent_revision"] = theirs.get("revision")
+    more = {"suite": suite, "data": data, **of_suites, **of_itself}
     options |= {name: str(value) for name, value in more.items() if value is not None}
     _execute(Step("evaluate", out, iteration, options), recipe, no_verify)
 
@@ -578,6 +616,9 @@ def opponent(
             help="Print the player whose optimizer's state goes on; empty where it begins anew.",
         ),
     ] = False,
+    champion: Annotated[
+        bool, typer.Option("--champion", help="Print the evaluation that its player has to beat.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -586,14 +627,19 @@ def opponent(
     Exit code 6 when a refusal ended the run before it.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
-    from stages.decisions import opponent_of, optimizer_of, reference_of
+    from stages.decisions import champion_evaluation, opponent_of, optimizer_of, reference_of
     from stages.layout import RunLayout
     from stages.run_record import read_recipe
 
-    if evaluation + reference + optimizer > 1:
-        raise typer.BadParameter("give one of --evaluation, --reference and --optimizer")
+    if evaluation + reference + optimizer + champion > 1:
+        raise typer.BadParameter(
+            "give one of --evaluation, --reference, --optimizer and --champion"
+        )
     layout = RunLayout(run)
     recipe = read_recipe(layout)
+    if champion:
+        put(str(champion_evaluation(layout, iteration) or ""))
+        return
     found = opponent_of(layout, recipe, iteration)
     if reference:
         found = reference_of(recipe, iteration, lambda t: opponent_of(layout, recipe, t))
@@ -774,6 +820,30 @@ def _recipe(
     from spin_cli import recipes
 
     return recipes.load(name, list(overrides or []), source, shrink=shrink)
+
+
+@dataclass(frozen=True)
+class _OfRun:
+    """The run that a model lies in."""
+
+    layout: "RunLayout"
+
+    def recipe(self, overrides: list[str] | None) -> "Recipe":
+        from stages.run_record import read_recipe
+
+        return read_recipe(self.layout).with_overrides(list(overrides or []))
+
+    def data_of(self, suite: str) -> Path | None:
+        own = self.layout.suite_data(suite)
+        return next((place for place in (own, self.layout.data) if place.is_dir()), None)
+
+
+def _run_of(model: str | None) -> _OfRun | None:
+    from stages.artifacts import run_root
+    from stages.layout import RunLayout
+
+    root = run_root(Path(model)) if model is not None and Path(model).exists() else None
+    return None if root is None else _OfRun(RunLayout(root))
 
 
 def _processes(section: str, processes: int | None, gpus: int | None) -> list[str]:

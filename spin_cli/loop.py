@@ -3,7 +3,7 @@
 import logging
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,11 @@ from spin_cli.steps import ShellText, Step, command, execute
 from stages.adaptation import adapted, at_iteration
 from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
+from stages.config import RunConfig, SamplingConfig, Suite, TaskSuiteConfig, WinRateSuiteConfig
 from stages.convergence import conditions, converged
 from stages.decisions import (
     Opponent,
+    champion_evaluation,
     first_opponent,
     opponent_of,
     optimizer_of,
@@ -57,7 +59,13 @@ def carry_on(
         GateRefusedError: a player was refused, and the recipe stops there.
     """
     with _engines(recipe, iterations, keep_engine) as open_engine:
-        for step in steps(layout, recipe, iterations, lambda t: opponent_of(layout, recipe, t)):
+        for step in steps(
+            layout,
+            recipe,
+            iterations,
+            lambda t: opponent_of(layout, recipe, t),
+            lambda t: str(champion_evaluation(layout, t)),
+        ):
             config = at_iteration(layout, recipe, step.iteration).for_iteration(step.iteration)
             if step.stage == "generate" and step.out.name == "generate":
                 _tell_adapted(layout, recipe, step.iteration or 0)
@@ -120,6 +128,8 @@ def _engines(recipe: Recipe, iterations: int, keep: bool) -> Iterator["OpenEngin
     configs = [recipe.for_iteration(iteration) for iteration in [None, *range(iterations)]]
     answers = [c.generate.max_new_tokens for c in configs]
     answers += [c.evaluate.max_new_tokens for c in configs]
+    suites = configs[0].suites.values()
+    answers += [s.max_new_tokens for s in suites if isinstance(s, SamplingConfig)]
     with engines.Keeper(engines.open_engine, max(answers) - min(answers)) as keeper:
         yield keeper.open
 
@@ -184,19 +194,21 @@ def rules(
         )
     init = shlex.join(["spin", "init", str(layout.root), *settings])
     yield _rule(layout.record, [], [init])
-    before, decide = layout.record, ""
+    before, decide = [str(layout.record)], ""
     expected = partial(_expected, layout, recipe)
     for step, line in _lines(layout, recipe, iterations, settings, flags, expected):
-        needs, lines = _artifacts(step, layout), [line]
+        needs, lines = _artifacts(step, layout, recipe), [line]
         if step.stage == "generate":
-            needs.append(str(before))
+            needs += before
             ask = f"{_ask(layout, step.iteration or 0)} > /dev/null"
             lines = [*([decide] if decide else []), ask, line]
         if step.stage == "promote":
             lines = [f"{line} || test $? = 6"]
             decide = f"{line} --quiet 2> /dev/null || test $? = 6"
+        if step.stage == "promote":
+            before = []
         if step.stage == "promote" or step.iteration is None:
-            before = step.out / MANIFEST_NAME
+            before = [*before, str(step.out / MANIFEST_NAME)]
         yield _rule(step.out / MANIFEST_NAME, needs or [f"| {layout.record}"], lines)
 
 
@@ -210,6 +222,10 @@ def _ask(layout: RunLayout, iteration: int) -> str:
     return shlex.join(["spin", "opponent", str(layout.root), "--iteration", str(iteration)])
 
 
+def _champion(layout: RunLayout, iteration: int) -> ShellText:
+    return ShellText(f'"$({_ask(layout, iteration)} --champion)"')
+
+
 def _lines(
     layout: RunLayout,
     recipe: Recipe,
@@ -219,7 +235,7 @@ def _lines(
     opponent: Callable[[int], Opponent],
 ) -> Iterator[tuple[Step, str]]:
     """Yield the steps with their command lines, as far as they can be told now."""
-    for step in steps(layout, recipe, iterations, opponent):
+    for step in steps(layout, recipe, iterations, opponent, partial(_champion, layout)):
         more = () if step.stage == "prepare" else flags
         measured = _measured_settings(layout, recipe, step.iteration)
         yield step, command(step, [*more, *settings, *measured])
@@ -233,14 +249,19 @@ def _measured_settings(layout: RunLayout, recipe: Recipe, iteration: int | None)
     return [ShellText(f'"$({words})"')]
 
 
-def _artifacts(step: Step, layout: RunLayout) -> list[str]:
+def _artifacts(step: Step, layout: RunLayout, recipe: Recipe) -> list[str]:
     """Return the manifests of a run that a step reads, as make knows them."""
     if step.stage == "promote":
-        return [str(step.out.parent / "evaluate" / MANIFEST_NAME)]
+        assert step.iteration is not None, "an iteration's player is promoted"
+        suites = asked_suites(recipe.for_iteration(step.iteration), step.iteration)
+        places = [layout.suite(step.iteration, name) for name, _ in suites]
+        read = [layout.stage(step.iteration, "evaluate"), *places]
+        return [str(place / MANIFEST_NAME) for place in read]
+    single = (place for name, place in step.options.items() if name not in ("part", "suite"))
     several = (place for places in step.several.values() for place in places)
     inside = [
         Path(place) / MANIFEST_NAME
-        for place in [*step.options.values(), *several]
+        for place in [*single, *several]
         if not isinstance(place, ShellText) and Path(place).is_relative_to(layout.root)
     ]
     return [str(path) for path in dict.fromkeys(inside)]
@@ -253,12 +274,18 @@ def _recipe_line(line: str) -> str:
 
 
 def steps(
-    layout: RunLayout, recipe: Recipe, iterations: int, opponent: Callable[[int], Opponent]
+    layout: RunLayout,
+    recipe: Recipe,
+    iterations: int,
+    opponent: Callable[[int], Opponent],
+    champion: Callable[[int], str],
 ) -> Iterator[Step]:
     """Yield the steps of a run, each when those before it are done.
 
     Args:
         opponent: whom an iteration plays against; asked when the iteration begins.
+        champion: the evaluation that an iteration's player has to beat; asked when a suite needs
+            it.
 
     Raises:
         ConfigError: the recipe names no model to start from.
@@ -271,15 +298,23 @@ def steps(
         pretrained = config.sft.init == "pretrained" and config.model.path is not None
         base = _model(config.model.path or "", config.model.revision) if pretrained else {}
         yield Step("sft", layout.sft, options={**data, **base})
-    yield Step(
-        "evaluate", layout.start_evaluation, options={**_model(first.model, first.revision), **data}
-    )
+    for name in _suites_with_data(config):
+        yield Step("prepare", layout.suite_data(name), options={"suite": name})
+    start = {**_model(first.model, first.revision), **data}
+    yield Step("evaluate", layout.start_evaluation, options=start)
+    for name, suite in config.suites.items():
+        if not isinstance(suite, WinRateSuiteConfig):
+            yield _suite_step(layout, config, None, name, start)
     for iteration in range(iterations):
-        yield from _iteration_steps(layout, recipe, iteration, opponent)
+        yield from _iteration_steps(layout, recipe, iteration, opponent, champion)
 
 
 def _iteration_steps(
-    layout: RunLayout, recipe: Recipe, iteration: int, opponent: Callable[[int], Opponent]
+    layout: RunLayout,
+    recipe: Recipe,
+    iteration: int,
+    opponent: Callable[[int], Opponent],
+    champion: Callable[[int], str],
 ) -> Iterator[Step]:
     config = recipe.for_iteration(iteration)
     place = {name: str(layout.stage(iteration, name)) for name in ITERATION_STAGES}
@@ -314,7 +349,42 @@ def _iteration_steps(
         "opponent_evaluation": now.evaluation,
     }
     yield step("evaluate", {"model": place["train"], **data, **against})
+    for name, suite in asked_suites(config, iteration):
+        more: dict[str, str] = {}
+        if isinstance(suite, WinRateSuiteConfig):
+            more["answers"] = place["evaluate"]
+            if suite.against == "champion":
+                more["against"] = champion(iteration)
+            elif suite.against != "human":
+                start = str(layout.start_evaluation)
+                more["against"] = start if suite.against == "start" else now.evaluation
+        yield _suite_step(
+            layout, config, iteration, name, {"model": place["train"], **data, **more}
+        )
     yield step("promote", {})
+
+
+def asked_suites(config: RunConfig, iteration: int) -> list[tuple[str, Suite]]:
+    """Return the suites that a run asks after an iteration."""
+    return [(n, suite) for n, suite in config.suites.items() if (iteration + 1) % suite.every == 0]
+
+
+def _suites_with_data(config: RunConfig) -> list[str]:
+    suites = config.suites.items()
+    return [n for n, suite in suites if isinstance(suite, TaskSuiteConfig) and suite.data]
+
+
+def _suite_step(
+    layout: RunLayout,
+    config: RunConfig,
+    iteration: int | None,
+    name: str,
+    options: Mapping[str, str],
+) -> Step:
+    own = {"data": str(layout.suite_data(name))} if name in _suites_with_data(config) else {}
+    return Step(
+        "evaluate", layout.suite(iteration, name), iteration, {"suite": name, **options, **own}
+    )
 
 
 def _part(member: int, pool: Sequence[Opponent]) -> dict[str, str]:

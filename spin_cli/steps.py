@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
-from stages.config import RunConfig
+from stages.config import RunConfig, TaskSuiteConfig, suite_of
 from stages.decisions import champion_evaluation
 from stages.errors import ConfigError
 from stages.layout import RunLayout
@@ -57,6 +57,9 @@ class Step:
 
     def title(self) -> str:
         """Return what the step is called in messages."""
+        if "suite" in self.options:
+            of = "" if self.iteration is None else f"iteration {self.iteration} "
+            return f"{of}{self.stage} --suite {self.options['suite']}"
         if self.iteration is None:
             return self.stage
         title = f"iteration {self.iteration} {self.stage}"
@@ -111,7 +114,7 @@ def _call(step: Step, config: RunConfig, open_engine: "OpenEngine | None") -> Ma
         case "prepare":
             from stages import prepare
 
-            return prepare.run(config, out)
+            return prepare.run(_of_suite(config, options.get("suite")), out)
         case "sft":
             from stages import sft
 
@@ -185,6 +188,17 @@ def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine |
             pairs = Path(options["pairs"])
             before = _path(options.get("optimizer_from"))
             return train.run(config, train.TrainInputs(pairs, model, revision, before), out)
+        case "evaluate" if "suite" in options:
+            from stages import engines, suite
+            from stages.suites.base import SuiteInputs
+
+            places = {n: _path(options.get(n)) for n in ("data", "answers", "against", "judged")}
+            return suite.run(
+                config,
+                SuiteInputs(options["suite"], options.get("model"), revision, **places),
+                out,
+                open_engine=open_engine or engines.open_engine,
+            )
         case "evaluate":
             from stages import engines, evaluate
 
@@ -202,6 +216,17 @@ def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine |
                 open_engine=open_engine or engines.open_engine,
             )
     raise AssertionError(f"no stage {step.stage}")
+
+
+def _of_suite(config: RunConfig, name: str | None) -> RunConfig:
+    """Return the config that prepares a suite's own prompts, all of which it asks."""
+    if name is None:
+        return config
+    suite = suite_of(config, name)
+    if not isinstance(suite, TaskSuiteConfig) or suite.data is None:
+        raise ConfigError(f"suites.{name} has no prompts of its own; give it a `data` section")
+    data = suite.data.model_copy(update={"heldout_size": 0})
+    return config.model_copy(update={"prepare": data})
 
 
 def _promote_inputs(step: Step) -> "PromoteInputs":

@@ -11,9 +11,9 @@ from stages.config import (
     RunConfig,
     TaskSuiteConfig,
     WinRateSuiteConfig,
+    suite_of,
 )
 from stages.engines import OpenEngine
-from stages.errors import ConfigError
 from stages.suites.base import SuiteInputs, SuiteWork
 
 
@@ -30,7 +30,7 @@ def run(
         ConfigError: the recipe has no such suite.
         InputError: inputs are missing or do not belong together.
     """
-    suite = config.suites.get(inputs.name)
+    suite = suite_of(config, inputs.name)
     work = SuiteWork(config, inputs, out, open_engine)
     match suite:
         case TaskSuiteConfig():
@@ -53,7 +53,3 @@ def run(
             from stages.suites import alpaca_eval
 
             return alpaca_eval.run(work, suite)
-    raise ConfigError(
-        f"--suite {inputs.name}: {config.name} has no such suite; it has "
-        f"{', '.join(config.suites) or 'none'} (see `suites` in docs/evaluation.md)"
-    )

@@ -58,6 +58,7 @@ from stages.config.suites import (
     TaskSuiteConfig,
     WinRateSuiteConfig,
 )
+from stages.errors import ConfigError
 
 __all__ = [
     "HIGHEST_TEMPERATURE",
@@ -108,6 +109,7 @@ __all__ = [
     "TrainConfig",
     "WinRateSuiteConfig",
     "has_temperature",
+    "suite_of",
 ]
 
 
@@ -226,3 +228,18 @@ class RunConfig(Section):
                 "that warmup_ratio is a share of nothing; set train.warmup_steps=N (0 for none)"
             )
         return self
+
+
+def suite_of(config: RunConfig, name: str) -> Suite:
+    """Return a suite of a recipe.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    suite = config.suites.get(name)
+    if suite is None:
+        raise ConfigError(
+            f"--suite {name}: recipe {config.name} has no such suite; it has "
+            f"{', '.join(config.suites) or 'none'} (see `suites` in docs/evaluation.md)"
+        )
+    return suite
