@@ -51,6 +51,8 @@ class RewardSource:
     program: bytes = b""
     """The file of a `python` reward, as it was hashed."""
     model: ModelSource | None = None
+    swap: bool = True
+    """Whether a judge sees each pair of answers in both orders."""
 
 
 def find_reward(
@@ -116,7 +118,7 @@ def _make(source: RewardSource) -> Reward:
         case "python":
             return open_python(config, source.program)
         case "judge":
-            return open_judge(config.judge)
+            return open_judge(config.judge, swap=source.swap)
         case "model":
             from stages.rewards.model import open_model  # torch, which other rewards need not
 

@@ -1,7 +1,8 @@
 """A judge: a language model says which of two answers is better; a reward is a share of wins.
 
-Each pair is shown in both orders and the verdicts are averaged, since judges favour a position. A
-tie is half a win. Equal answers are a tie that nobody is asked about.
+Each pair is shown in both orders and the verdicts are averaged, since judges favour a position; to
+halve the cost it can be shown in one, drawn by hash. A tie is half a win. Equal answers are a tie
+that nobody is asked about.
 """
 
 import hashlib
@@ -69,8 +70,11 @@ class Reply:
 EQUAL = Reply("tie", None)
 
 
-def open_judge(config: JudgeRewardConfig) -> "JudgeReward":
+def open_judge(config: JudgeRewardConfig, *, swap: bool = True) -> "JudgeReward":
     """Prepare to ask; nothing is sent yet.
+
+    Args:
+        swap: show each pair in both orders.
 
     Raises:
         ConfigError: the variable with the key is not set, or holds no key.
@@ -96,7 +100,7 @@ def open_judge(config: JudgeRewardConfig) -> "JudgeReward":
         config.url, config.model, key, config.temperature, config.max_tokens, config.timeout_s,
         config.retries,
     )  # fmt: skip
-    return JudgeReward(config, server)
+    return JudgeReward(config, server, swap=swap)
 
 
 def template_of(config: JudgeRewardConfig) -> str:
@@ -107,8 +111,8 @@ def template_of(config: JudgeRewardConfig) -> str:
 class JudgeReward:
     """See `Reward`. Comparisons of several questions are asked at a time."""
 
-    def __init__(self, config: JudgeRewardConfig, server: ChatServer) -> None:
-        self._config, self._server = config, server
+    def __init__(self, config: JudgeRewardConfig, server: ChatServer, *, swap: bool = True) -> None:
+        self._config, self._server, self._swap = config, server, swap
         self._template = template_of(config)
         self._askers = _Askers(config.concurrency)
         self._failed = 0
@@ -148,12 +152,17 @@ class JudgeReward:
         asked: dict[tuple[str, str], Future[Reply]] = {}
         found: _Comparisons = []
         for a, b in chosen_pairs(question, self._config):
-            for order, (first, second) in (("ab", (a, b)), ("ba", (b, a))):
-                shown = (texts[first], texts[second])
+            for order in self._orders(question, a, b):
+                shown = (texts[a], texts[b]) if order == "ab" else (texts[b], texts[a])
                 if shown not in asked:
                     asked[shown] = self._ask(question, *shown)
                 found.append((a, b, order, asked[shown]))
         return found
+
+    def _orders(self, question: Question, a: int, b: int) -> tuple[str, ...]:
+        if self._swap:
+            return ("ab", "ba")
+        return ("ab",) if _draw(question, a, b)[0] % 2 else ("ba",)
 
     def _ask(self, question: Question, first: str, second: str) -> Future[Reply]:
         if first == second:
