@@ -20,9 +20,11 @@ from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import MANIFEST_NAME, InputRef
 from stages.config import RunConfig
 from stages.layout import RunLayout
+from stages.suites.base import SuiteInputs
 
 PLACES = (
     "data", "rewards", "pairs", "model", "optimizer_from", "opponent", "opponent_evaluation",
+    "answers", "against",
 )  # fmt: skip
 calls: list[str] = []
 """The stages that did work, in order; a stage that is done already is not named."""
@@ -51,6 +53,9 @@ class Inputs:
     opponent: str | None = None
     opponent_revision: str | None = None
     opponent_evaluation: Path | None = None
+    answers: Path | None = None
+    against: Path | None = None
+    suite: str | None = None
     iteration: int | None = None
 
 
@@ -81,15 +86,17 @@ def run_stage(stage: str, config: RunConfig, inputs: Inputs, out: Path) -> Manif
         settings["iteration"] = inputs.iteration
     if inputs.part is not None:
         settings["part"] = list(inputs.part)
+    if inputs.suite is not None:
+        settings["suite"] = inputs.suite
     plan = Plan(stage, 1, settings, refs)
 
     def fill(workspace: Workspace) -> Outcome:
         for hook in before_fill:
             hook(stage, out)
-        calls.append(f"{out.parent.name}/{stage}")
+        calls.append(f"{out.parent.name}/{out.name if stage == 'suite' else stage}")
         write_object(workspace.file("config.json"), {"key": plan.key})
         metrics = {"identical_share": 0.5} if stage == "pair" else {}
-        if stage == "evaluate":
+        if stage in ("evaluate", "suite"):
             metrics = evaluation(refs)
             write_object(workspace.file("metrics.json"), metrics)
         return Outcome(counts={"rows": 3}, metrics=metrics)
@@ -118,7 +125,8 @@ def evaluation(refs: dict[str, InputRef]) -> dict[str, Any]:
 @contextmanager
 def installed() -> Iterator[None]:
     """Put the fakes in the places of the stages, all but promote, while the block runs."""
-    names = ("prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate")
+    names = ("prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate",
+             "suite")  # fmt: skip
     attributes = {name: vars(stages).get(name) for name in names}
     modules = {name: sys.modules.get(f"stages.{name}") for name in names}
     for name in names:
@@ -143,12 +151,19 @@ def fake(name: str) -> Any:
     module: Any = ModuleType(f"stages.{name}")
     if name == "prepare":
         module.run = lambda config, out: run_stage("prepare", config, Inputs(), out)
+    elif name == "suite":
+        module.run = run_suite
     else:
         module.run = lambda config, inputs, out, open_engine=None: run_stage(
             name, config, inputs, out
         )
         setattr(module, f"{name.capitalize()}Inputs", input_class(name))
     return module
+
+
+def run_suite(config: RunConfig, inputs: SuiteInputs, out: Path, open_engine: Any) -> Manifest:
+    places = {n: getattr(inputs, n) for n in ("model", "revision", "data", "answers", "against")}
+    return run_stage("suite", config, Inputs(suite=inputs.name, **places), out)
 
 
 def input_class(name: str) -> Callable[..., Inputs]:
