@@ -22,28 +22,23 @@ from stages.artifacts import (
     read_rows,
     run_root,
 )
-from stages.artifacts.keys import row_seed
 from stages.artifacts.tables import Row
 from stages.config import EvaluateConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
-from stages.data.draw import smallest_by_hash
 from stages.data.measures import Measure, write_measures
 from stages.data.repeats import repeated_share
-from stages.data.rows import DROPPED, EXAMPLES, JUDGEMENTS, PROMPTS
+from stages.data.rows import EXAMPLES
 from stages.data.tokens import PairTokens
 from stages.engines import OpenEngine
-from stages.engines.base import Completion, Request, Sampling
-from stages.engines.prompts import askable_batch, model_room, model_vocab_size
+from stages.engines.base import Completion
 from stages.errors import InputError
 from stages.model.source import ModelSource, resolve_model
-from stages.progress import progress
-from stages.rewards import Question, RewardSource, Unscored, find_reward, open_reward
+from stages.rewards import RewardSource, find_reward
+from stages.suites.answering import GREEDY, Answers, Asked, Asker, chosen_rows, score_answers
 
 _log = logging.getLogger("spin")
 
 FORMAT_VERSION = 3
-HELDOUT_ITERATION = -1
-"""Stands for the iteration in held-out seeds: every model draws with the same seeds."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +56,9 @@ class EvaluateInputs:
 
 
 @dataclass(frozen=True)
-class Example:
+class _Example(Asked):
     """One held-out prompt, rendered."""
 
-    prompt_id: str
-    messages: list[dict[str, str]]
-    human: str
-    prompt_token_ids: list[int]
     human_token_ids: list[int]
 
 
@@ -115,10 +106,11 @@ def run(
 
     def fill(space: Workspace) -> Outcome:
         renderer = make_renderer(model.verified(), config.chat)
-        work = _Work(config, data, model, renderer, reward, open_engine, space.path)
-        return _fill(space, work, opponent)
+        engine, settings = _engine(config), config.evaluate
+        asker = Asker("evaluate", open_engine, engine, settings, config.seed, renderer, space.path)
+        return _fill(space, _Work(config, data, model, reward, asker), opponent)
 
-    return produce(out, plan, fill)
+    return produce(out, plan, fill, reuse=True)
 
 
 @dataclass(frozen=True)
@@ -144,11 +136,13 @@ class _Work:
     config: RunConfig
     data: Artifact
     model: ModelSource
-    renderer: Renderer
     reward: RewardSource | None
-    open_engine: OpenEngine
-    scratch: Path
-    """A folder for what is gone when the stage is done."""
+    asker: Asker
+
+    @property
+    def renderer(self) -> Renderer:
+        """The one renderer of both models."""
+        return self.asker.renderer
 
 
 def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
@@ -368,96 +362,45 @@ def _told(difference: float) -> float:
     return (difference > 0) + 0.5 * (difference == 0)
 
 
-def _render(work: _Work) -> tuple[list[Example], int]:
+def _render(work: _Work) -> tuple[list[_Example], int]:
     """Render the held-out prompts; return them, and how many cannot be asked or do not fit."""
-    config = work.config.evaluate
-    limit = _engine(work.config).max_model_len
-    room = model_room(work.model.path, limit, config.max_new_tokens)
-    drawn = None
-    if work.config.evaluate.max_prompts is not None:
-        ids = (row["prompt_id"] for row in _heldout(work.data))
-        drawn = smallest_by_hash(ids, work.config.evaluate.max_prompts, "evaluate")
-    examples, refused = [], 0
-    rows = [row for row in _heldout(work.data) if drawn is None or row["prompt_id"] in drawn]
-    prompts = askable_batch(
-        [row["messages"] for row in rows],
-        work.renderer,
-        room - config.max_new_tokens,
-        model_vocab_size(work.model.path),
-    )
-    humans = work.renderer.responses_tokens([row["response"] for row in rows])
-    for row, prompt, human in zip(rows, prompts, humans, strict=True):
-        if isinstance(prompt, RowRefusedError) or isinstance(human, RowRefusedError):
-            refused += 1
-            continue
-        if len(prompt) + len(human) > room:
-            refused += 1
-            continue
-        examples.append(Example(row["prompt_id"], row["messages"], row["response"], prompt, human))
+    rows = chosen_rows(work.data.files("heldout-"), work.config.evaluate.max_prompts)
+    asked, _ = work.asker.askable(work.model, rows)
+    humans = work.renderer.responses_tokens([one.human for one in asked])
+    room = work.asker.room(work.model)
+    examples = [
+        _Example(**vars(one), human_token_ids=human)
+        for one, human in zip(asked, humans, strict=True)
+        if not isinstance(human, RowRefusedError) and len(one.prompt_token_ids) + len(human) <= room
+    ]
     if not examples:
         raise InputError(
             f"{work.data.path} has no held-out prompt to evaluate on; set prepare.heldout_size "
             "or prepare.heldout_source and run prepare again"
         )
-    return examples, refused
-
-
-def _heldout(data: Artifact) -> Any:
-    return read_rows(data.files("heldout-"), PROMPTS)
+    return examples, len(rows) - len(examples)
 
 
 def _answer(
-    work: _Work, source: ModelSource, examples: Sequence[Example], *, with_greedy: bool
+    work: _Work, source: ModelSource, examples: Sequence[_Example], *, with_greedy: bool
 ) -> tuple[dict[str, Completion], dict[str, Completion]]:
     """Return sampled and greedy answers by prompt id; greedy ones only where they are wanted."""
-    config = work.config.evaluate
-    longest = max(len(e.prompt_token_ids) for e in examples) + config.max_new_tokens
-    passes = [config.temperature] + ([0.0] if with_greedy and config.greedy else [])
-    answers: list[dict[str, Completion]] = [{}, {}]
-    with (
-        engines.running(
-            work.open_engine,
-            _engine(work.config),
-            source.path,
-            work.scratch,
-            max_model_len=_engine(work.config).max_model_len or longest,
-            pad_token_id=work.renderer.pad_token_id,
-        ) as engine,
-        progress("evaluate", total=len(passes) * len(examples), unit="answers") as bar,
-    ):
-        for temperature, found in zip(passes, answers, strict=False):
-            sampling = Sampling(
-                temperature=temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                max_new_tokens=config.max_new_tokens,
-                stop_token_ids=work.renderer.stop_token_ids,
-            )
-            for done in engine.generate(_requests(work, examples), sampling):
-                found[done.request_id] = done
-                bar.advance(1, len(done.token_ids))
-    return answers[0], answers[1]
+    sampled: dict[str, Completion] = {}
+    greedy: dict[str, Completion] = {}
+    wanted = with_greedy and work.config.evaluate.greedy
+    for prompt_id, sample, done in work.asker.answers(source, examples, 1, greedy=wanted):
+        (greedy if sample == GREEDY else sampled)[prompt_id] = done
+    return sampled, greedy
 
 
-def _requests(work: _Work, examples: Sequence[Example]) -> list[Request]:
-    return [
-        Request(e.prompt_id, e.prompt_token_ids, _seed(work.config.seed, e.prompt_id))
-        for e in examples
-    ]
-
-
-def _seed(run_seed: int, prompt_id: str) -> int:
-    return row_seed(run_seed, HELDOUT_ITERATION, prompt_id, 0)
-
-
-def _row(example: Example, sampled: Completion, greedy: Completion | None, work: _Work) -> Row:
+def _row(example: _Example, sampled: Completion, greedy: Completion | None, work: _Work) -> Row:
     text = work.renderer.text
     return dict.fromkeys(EXAMPLES.names) | {
         "prompt_id": example.prompt_id,
         "human": example.human,
         "human_token_ids": example.human_token_ids,
         "sampled": text(sampled.token_ids),
-        "sampled_seed": _seed(work.config.seed, example.prompt_id),
+        "sampled_seed": work.asker.sample_seed(example.prompt_id, 0),
         "sampled_finish_reason": sampled.finish_reason,
         "sampled_token_ids": sampled.token_ids,
         "sampled_logprob": math.fsum(sampled.token_logprobs),
@@ -467,63 +410,28 @@ def _row(example: Example, sampled: Completion, greedy: Completion | None, work:
 
 
 def _add_rewards(
-    space: Workspace, rows: Sequence[Row], examples: Sequence[Example], source: RewardSource
+    space: Workspace, rows: Sequence[Row], examples: Sequence[_Example], source: RewardSource
 ) -> dict[str, int]:
-    """Score the answers in place; count those without a score, told in unscored.parquet.
-
-    What a judge said goes to judgements.parquet, its `a` being 0 for the sampled answer and 1 for
-    the greedy one.
+    """Score the answers in place; count those without a score.
 
     Raises:
-        InputError: an answer has no score and `reward.on_error` is to stop, or none has one.
+        InputError: see `score_answers`.
     """
-    names = [[n for n in ("sampled", "greedy") if row[n] is not None] for row in rows]
-    questions = (
-        Question(e.prompt_id, e.messages, e.human, tuple([row[n] for n in answers]))
-        for e, row, answers in zip(examples, rows, names, strict=True)
-    )
-    without: list[Row] = []
-    judgements: list[Row] = []
-    with open_reward(source) as reward:
-        for row, answers, scored in zip(rows, names, reward.score(questions), strict=True):
-            for name, score in zip(answers, scored.scores, strict=True):
-                if isinstance(score, Unscored):
-                    detail = f"{name}: {score.detail}"
-                    without.append(
-                        {"prompt_id": row["prompt_id"], "reason": score.reason, "detail": detail}
-                    )
-                else:
-                    row[f"{name}_reward"] = score
-            judgements += [{"prompt_id": row["prompt_id"], **said} for said in scored.judgements]
-    _tell_unscored(without, sum(map(len, names)), source)
-    for name, schema, found in (
-        ("unscored.parquet", DROPPED, without),
-        ("judgements.parquet", JUDGEMENTS, judgements),
+    given = [
+        Answers(e, {n: row[n] for n in ("sampled", "greedy") if row[n] is not None})
+        for e, row in zip(examples, rows, strict=True)
+    ]
+    unscored = 0
+    for row, answers, scores in zip(
+        rows, given, score_answers(space, "evaluate", source, given), strict=True
     ):
-        if found:
-            with TableWriter(space.file(name), schema) as table:
-                table.extend(found)
-    return {"unscored": len(without)} if without else {}
-
-
-def _tell_unscored(without: Sequence[Row], total: int, source: RewardSource) -> None:
-    if not without:
-        return
-    first = without[0]
-    what = (
-        f"evaluate: {len(without)} of {total} held-out answers cannot be scored, such as to prompt "
-        f"{first['prompt_id']} ({first['reason']}): {first['detail']}"
-    )
-    if len(without) == total or source.config.on_error == "stop":
-        raise InputError(
-            f"{what}; is reward.name={source.config.name} right for this data? "
-            "reward.on_error=quarantine leaves some out"
-        )
-    _log.warning("%s; they are left out", what)
+        row |= {f"{n}_reward": s for n, s in zip(answers.responses, scores, strict=True)}
+        unscored += scores.count(None)
+    return {"unscored": unscored} if unscored else {}
 
 
 def _opponent_samples(
-    work: _Work, opponent: _Opponent, examples: Sequence[Example]
+    work: _Work, opponent: _Opponent, examples: Sequence[_Example]
 ) -> dict[str, _OpponentSample]:
     """Return the opponent's own sample for each prompt, from its evaluation or drawn now."""
     if opponent.evaluation is None:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from stages.artifacts import locks
 from stages.artifacts.claims import Attendance
+from stages.artifacts.equals import equal_artifacts
 from stages.artifacts.files import (
     files_below,
     fsync_path,
@@ -47,6 +48,7 @@ from stages.artifacts.keys import (
 from stages.artifacts.manifest import (
     MANIFEST_FORMAT,
     MANIFEST_NAME,
+    Artifact,
     Cost,
     FileEntry,
     InputRef,
@@ -151,6 +153,7 @@ def produce(
     *,
     resumable: bool = False,
     assist: Callable[[Workspace], None] | None = None,
+    reuse: bool = False,
 ) -> Manifest:
     """Make the artifact `out` by `fill`, unless it is there already.
 
@@ -160,6 +163,8 @@ def produce(
             was cut off.
         assist: where another process is making it: what to do in its workspace, again and again,
             until it is made or its maker has ended, whose place is then taken.
+        reuse: where the run that `out` lies in has an artifact of the same key and input bytes
+            already, copy its files, each verified, and its manifest instead of calling `fill`.
 
     Returns:
         The manifest of the artifact, made now or found.
@@ -174,6 +179,7 @@ def produce(
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))
     assert resumable or assist is None, "who assists makes shards that must be kept"
+    assert not (resumable and reuse), "what is copied has no shards"
     check_outside_artifacts(out)
     waited = _Wait(plan.stage, out)
     while True:
@@ -185,14 +191,16 @@ def produce(
                     raise
             else:
                 with writing(out):
-                    return _make(out, plan, fill, resumable)
+                    return _make(out, plan, fill, resumable, reuse)
         _check_same_attempt(out, plan)
         waited.say()
         _assist(out, plan, assist)
         waited.sleep()
 
 
-def _make(out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable: bool) -> Manifest:
+def _make(
+    out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable: bool, reuse: bool
+) -> Manifest:
     """Do the work of `produce`; the caller holds the lock of `out`."""
     attempt = _Attempt.of(out, plan.attempt_key)
     existing = _existing(out, plan)
@@ -205,7 +213,8 @@ def _make(out: Path, plan: Plan, fill: Callable[[Workspace], Outcome], resumable
         attempt.reopen()
         leftovers = _clear(attempt.partial, plan, keep_shards=resumable)
         try:
-            _fill(attempt, plan, fill, leftovers)
+            if not (reuse and _copy_equal(attempt, plan, run_root(out))):
+                _fill(attempt, plan, fill, leftovers)
         except BaseException:
             with suppress(OSError):  # the failure itself is what to tell
                 attempt.reopen()
@@ -619,9 +628,49 @@ def _fill(
             tokens=outcome.tokens,
         ),
     )
+    _seal(folder, manifest)
+
+
+def _seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of an attempt whose files are flushed."""
     for inner in [p for p in folder.rglob("*") if p.is_dir()]:
         fsync_path(inner)
     replace_text(folder / MANIFEST_NAME, manifest.to_text())
+
+
+def _copy_equal(attempt: _Attempt, plan: Plan, root: Path | None) -> bool:
+    """Fill the attempt with an equal artifact of the run, manifest and all; tell whether one is."""
+    if root is None:
+        return False
+    for source in equal_artifacts(root, plan.key, plan.inputs):
+        try:
+            _copy(source, attempt, plan)
+        except (CorruptError, FileNotFoundError) as error:
+            log.warning("%s: %s is not taken for its equal: %s", plan.stage, source.path, error)
+            attempt.reopen()
+            _clear(attempt.partial, plan, keep_shards=False)
+            continue
+        log.info("%s: taken from %s, which has the same key", plan.stage, source.path)
+        return True
+    return False
+
+
+def _copy(source: Artifact, attempt: _Attempt, plan: Plan) -> None:
+    """Copy all files, close the attempt, flush what is in it, and write the manifest last.
+
+    Raises:
+        CorruptError: a file is not what the source's manifest says, there or here.
+    """
+    entries = source.manifest.files
+    for entry in entries:
+        place = inner_path(attempt.partial, entry.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.file(entry.path), place)
+    attempt.close()
+    for entry in entries:
+        _file_entry(attempt.closed, entry.path, entry.volatile, entry.sha256)
+    # Paths of inputs are as we were given them: equal bytes may lie in two places.
+    _seal(attempt.closed, source.manifest.model_copy(update={"inputs": dict(plan.inputs)}))
 
 
 def _file_entry(folder: Path, relative: str, volatile: bool, noted: str | None) -> FileEntry:

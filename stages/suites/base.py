@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.artifacts import run_root
 from stages.config import RunConfig
 from stages.engines import OpenEngine
+from stages.errors import ConfigError
+from stages.model.source import ModelSource, resolve_model
 
 STAGE = "suite"
 """What the manifests of all kinds say."""
@@ -36,3 +39,37 @@ class SuiteWork:
     inputs: SuiteInputs
     out: Path
     open_engine: OpenEngine
+
+    @property
+    def root(self) -> Path | None:
+        """The run that the evaluation lies in."""
+        return run_root(self.out)
+
+    def model(self) -> ModelSource:
+        """Find the model that is asked.
+
+        Raises:
+            ConfigError: none is named.
+            InputError, CorruptError: see `resolve_model`.
+        """
+        if self.inputs.model is None:
+            raise ConfigError(f"suites.{self.inputs.name} asks a model; name one by --model")
+        inputs = self.inputs
+        return resolve_model(inputs.model or "", inputs.revision, self.root, self.config.verify)
+
+    def refuse_all_but(self, *used: str) -> None:
+        """Check that no input is given that this kind of suite has no use for.
+
+        Args:
+            used: fields of `SuiteInputs`, beside its name.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        kind = self.config.suites[self.inputs.name].kind
+        for name in ("model", "revision", "data", "answers", "against", "judged"):
+            if name not in used and getattr(self.inputs, name) is not None:
+                raise ConfigError(
+                    f"--{name}={getattr(self.inputs, name)}: suites.{self.inputs.name} is of kind "
+                    f"{kind}, which has no use for it; leave it out"
+                )

@@ -39,13 +39,13 @@ ALLOWED = {
     "answers": BASE | {"data", "engines", "progress"},
     "suites": BASE | {"data", "model", "engines", "rewards", "progress"},
     **dict.fromkeys(STAGES, BELOW_STAGES),
-    "suite": BELOW_STAGES | {"suites"},
+    **dict.fromkeys(("evaluate", "suite"), BELOW_STAGES | {"suites"}),
     # A run as a whole.
     "run_record": BASE | {"layout", "recipe"},
     "decisions": BASE | {"layout", "recipe", "run_record"},
     "adaptation": BASE | {"decisions", "layout", "recipe"},
     "convergence": BASE | {"decisions", "layout", "recipe"},
-    "status": BASE | OF_A_RUN | {"convergence"},
+    "status": BASE | OF_A_RUN | {"convergence", "data"},
     "verify": BASE | OF_A_RUN,
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},
     "spin_cli": BASE

@@ -291,9 +291,9 @@ def test_evaluate_leaves_out_what_has_no_score_and_counts_it(
     path = open_artifact(tmp_path / "some").file("unscored.parquet")
     found = [(r["reason"], r["detail"].split(":")[0]) for r in read_rows([path], DROPPED)]
     assert found == [("failed", "sampled"), ("failed", "greedy")]
-    with pytest.raises(InputError, match=r"2 of 10 held-out answers .*returned NoneType.*"):
+    with pytest.raises(InputError, match=r"2 of 10 answers .*returned NoneType.*"):
         evaluated(tmp_path / "stop", tiny_model_dir, humans, **settings, on_error="stop")
-    with pytest.raises(InputError, match="2 of 2 held-out answers cannot be scored"):
+    with pytest.raises(InputError, match="2 of 2 answers cannot be scored"):
         evaluated(tmp_path / "none", tiny_model_dir, ["0", "2"][1:], **settings)
 
 
