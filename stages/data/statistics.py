@@ -4,6 +4,8 @@ All tests are one-sided, of "the gain is at most so much"; docs/gates.md tells h
 measured by bench/gates.py.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -121,7 +123,12 @@ def score_interval(
 
 @dataclass(frozen=True)
 class Studentized:
-    """A mean over examples with what the bootstrap of its t statistic says (Hall 1988)."""
+    """A mean over examples, with its t statistic's own spread (the bootstrap-t of Hall 1988).
+
+    Of Student's t and the bootstrap the more careful one counts: t alone errs in up to 11% of cases
+    instead of 5% where few large losses stand against many small gains (100 examples, as skewed as
+    a log-normal), the bootstrap alone in up to 13% where few examples differ at all.
+    """
 
     mean: float
     stderr: float
@@ -135,7 +142,7 @@ class Studentized:
             return 0.5**self.examples if self.mean > gain else 1.0
         seen = (self.mean - gain) / self.stderr
         above = len(self.draws) - int(np.searchsorted(self.draws, seen, side="left"))
-        return (1 + above) / (1 + len(self.draws))
+        return max((1 + above) / (1 + len(self.draws)), _student_tail(seen, self.examples - 1))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the two-sided interval."""
@@ -143,25 +150,36 @@ class Studentized:
             return self.mean, self.mean
         tail = (1 - confidence) / 2
         low, high = np.quantile(self.draws, (tail, 1 - tail), method="inverted_cdf")
-        return self.mean - float(high) * self.stderr, self.mean - float(low) * self.stderr
+        student = _student_quantile(1 - tail, self.examples - 1)
+        below, above = max(student, float(high)), max(student, -float(low))
+        return self.mean - below * self.stderr, self.mean + above * self.stderr
 
 
-def studentized(differences: Floats, resamples: int = RESAMPLES) -> Studentized:
-    """Return the studentized bootstrap of a mean over examples; the draws are always the same.
+def studentized(differences: Floats) -> Studentized:
+    """Return what can be said of the mean of differences, those of one example each."""
+    (found,) = studentized_sets(differences[None, :])
+    return found
+
+
+def studentized_sets(differences: Floats, resamples: int = RESAMPLES) -> list[Studentized]:
+    """Return the same of several sets of equally many examples; the draws are always the same.
 
     Args:
-        differences: of one example each, at least one.
+        differences: shape (sets, examples), at least one of each.
     """
-    mean, stderr = _mean_and_error(differences)
-    draws = np.empty(resamples)
-    rng = np.random.default_rng(len(differences))
-    at_once = max(1, _CHUNK // len(differences))
-    for start in range(0, resamples, at_once):
-        size = min(at_once, resamples - start)
-        drawn = differences[rng.integers(0, len(differences), (size, len(differences)))]
-        means, errors = _mean_and_error(drawn)
-        draws[start : start + size] = _t_statistics(means - mean, errors)
-    return Studentized(float(mean), float(stderr), np.sort(draws), len(differences))
+    num_sets, count = differences.shape
+    means, errors = differences.mean(1), differences.std(1) / np.sqrt(max(1, count - 1))
+    errors = np.where(errors > _ROUNDING * np.abs(means), errors, 0.0)  # rounding is no spread
+    draws = np.empty((num_sets, resamples))
+    done = 0
+    for counts in _resampled_counts(count, resamples):
+        draws[:, done : done + len(counts)] = _t_statistics(differences - means[:, None], counts)
+        done += len(counts)
+    draws.sort(axis=1)
+    return [
+        Studentized(float(mean), float(error), drawn, count)
+        for mean, error, drawn in zip(means, errors, draws, strict=True)
+    ]
 
 
 _ENUMERATED = 20_000  # examples that differ, up to which outcomes are enumerated: 3M at most
@@ -170,22 +188,45 @@ _TINY = 1e-300
 _ROUNDING = 1e-9
 
 
-def _mean_and_error(values: Floats) -> tuple[Floats, Floats]:
-    """Return mean and standard error over the last axis; a spread of rounding alone is none."""
-    count = values.shape[-1]
-    means = values.mean(-1)
-    errors = values.std(-1) / np.sqrt(max(1, count - 1))
-    return means, np.where(errors > 1e-12 * np.abs(means), errors, 0.0)
+def _resampled_counts(count: int, resamples: int) -> Iterator[Floats]:
+    """Yield how often each example is drawn in each resample, shape (some resamples, examples)."""
+    rng = np.random.default_rng(count)
+    at_once = max(1, _CHUNK // count)
+    for start in range(0, resamples, at_once):
+        size = min(at_once, resamples - start)
+        drawn = rng.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
+        counted = np.bincount(drawn.ravel(), minlength=size * count)
+        yield counted.reshape(size, count).astype(np.float64)
 
 
-def _t_statistics(differences: Floats, errors: Floats) -> Floats:
-    """Return their quotients, infinite where a resample shows no spread."""
+def _t_statistics(centred: Floats, counts: Floats) -> Floats:
+    """Return the t statistics of resamples, infinite where one shows no spread.
+
+    Args:
+        centred: shape (sets, examples), of mean zero.
+        counts: shape (resamples, examples).
+    """
+    count = centred.shape[1]
+    means, squares = centred @ counts.T / count, centred**2 @ counts.T / count
+    spread = np.sqrt(np.maximum(squares - means**2, 0.0))
+    errors = spread / np.sqrt(max(1, count - 1))
+    is_spread = spread > _ROUNDING * np.sqrt(squares)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(
-            errors > 0,
-            differences / errors,
-            np.where(differences, np.sign(differences) * np.inf, 0),
-        )
+        limits = np.where(means, np.sign(means) * np.inf, 0.0)
+        return np.where(is_spread, means / errors, limits)
+
+
+def _student_tail(t: float, freedom: int) -> float:
+    """Return P(T > t) of Student's t, to 0.0005 from four degrees of freedom on (Wallace 1959)."""
+    shrink = (8 * freedom + 1) / (8 * freedom + 3)
+    z = shrink * math.sqrt(freedom * math.log1p(t * t / freedom))
+    return NormalDist().cdf(-math.copysign(z, t))
+
+
+def _student_quantile(share: float, freedom: int) -> float:
+    """Return the t below which that share of Student's t lies, at least one half."""
+    z = NormalDist().inv_cdf(share) * (8 * freedom + 3) / (8 * freedom + 1)
+    return math.sqrt(freedom * math.expm1(z * z / freedom))
 
 
 def _score(
