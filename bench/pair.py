@@ -124,7 +124,7 @@ def make(place: Path, game: str, num_rows: int) -> None:
     _produce(place / "generate", "generate", parts, data, place / "model")
     generations = {"generations": open_artifact(place / "generate").input_ref(None)}
     scores = {"rewards.parquet": (REWARDS, made_up.rewards)}
-    _produce(place / "reward", "reward", scores, generations)
+    _produce(place / "reward", "reward", scores, data | generations)
     if game == "replay":
         _pair_before(place, made_up)
 

@@ -8,6 +8,8 @@ from stages.layout import RunLayout
 from stages.status import stage_state, status
 
 MISSING = "-"
+MAX_COLUMNS = 5
+"""Figures of a suite that are shown; `spin show` has all."""
 _COLUMNS = (
     ("sampled", "sampled_accuracy", ".1%"),
     ("greedy", "greedy_accuracy", ".1%"),
@@ -44,6 +46,7 @@ def put_status(run: Path) -> None:
             put(f"  converged: {row['converged']}")
     put("")
     _put_iterations(found)
+    _put_suites(found)
 
 
 def setting_line(name: str, value: Any, origin: str) -> str:
@@ -85,14 +88,14 @@ def _course(row: dict[str, Any]) -> str:
 
 def _put_iterations(found: dict[str, Any]) -> None:
     titles = ["iteration", *(title for title, _, _ in _COLUMNS), "seconds", "decision"]
-    rows = [["start", *_cells(found["start"]["metrics"]), MISSING, MISSING]]
+    rows = [["start", *_cells(found["start"]), MISSING, MISSING]]
     for row in found["iterations"]:
         seconds = [stage["seconds"] for stage in row["stages"].values()]
         total = sum(s for s in seconds if s is not None)
         rows.append(
             [
                 str(row["index"]),
-                *_cells(row["metrics"]),
+                *_cells(row),
                 f"{total:.1f}",
                 _decision(row, found["champion"]),
             ]
@@ -100,9 +103,32 @@ def _put_iterations(found: dict[str, Any]) -> None:
     put_table(titles, rows)
 
 
-def _cells(metrics: dict[str, Any]) -> list[str]:
-    values = ((metrics.get(name), form) for _, name, form in _COLUMNS)
-    return [format(v, form) if isinstance(v, int | float) else MISSING for v, form in values]
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Return what was measured; the first figure with half the width of its interval."""
+    values = [(row["metrics"].get(name), form) for _, name, form in _COLUMNS]
+    cells = [format(v, form) if isinstance(v, int | float) else MISSING for v, form in values]
+    low, high = row["intervals"].get(_COLUMNS[0][1]) or (None, None)
+    if low is not None and high is not None:
+        cells[0] += f" ±{(high - low) / 2:.1%}".removesuffix("%")
+    return cells
+
+
+def _put_suites(found: dict[str, Any]) -> None:
+    """Print the metrics of each suite, one row for the start and each iteration."""
+    parts = [("start", found["start"]), *((str(r["index"]), r) for r in found["iterations"])]
+    for name in dict.fromkeys(name for _, row in parts for name in row["suites"]):
+        have = [
+            (label, row["suites"][name]["metrics"]) for label, row in parts if name in row["suites"]
+        ]
+        names = dict.fromkeys(c for _, metrics in have for c in metrics)
+        columns = list(names)[:MAX_COLUMNS]
+        cells = [[label, *(_number(m.get(c)) for c in columns), ""] for label, m in have]
+        put("")
+        put_table(["iteration", *columns, ""], cells, caption=f"suite {name}")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else MISSING
 
 
 def _decision(row: dict[str, Any], champion: str | None) -> str:
@@ -111,6 +137,8 @@ def _decision(row: dict[str, Any], champion: str | None) -> str:
         return MISSING
     if not decision["promoted"]:
         return f"refused: {'; '.join(decision['reasons'])}"
+    if row["rolled_back"]:
+        return "promoted, and rolled back since"
     return (
         "champion"
         if RunLayout(Path()).iteration_of(champion or "") == row["index"]

@@ -13,8 +13,10 @@ from stages.artifacts import Artifact, Manifest, open_artifact
 from stages.artifacts.json_file import read_object
 from stages.artifacts.locks import lock_path
 from stages.artifacts.manifest import MANIFEST_NAME
-from stages.artifacts.pointer import read_pointer
+from stages.artifacts.pointer import Pointer, read_pointer
+from stages.config import RunConfig
 from stages.convergence import converged
+from stages.data.measures import INTERVALS_FILE
 from stages.decisions import DECISION, METRICS
 from stages.errors import SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
@@ -25,14 +27,16 @@ from stages.run_record import read_recipe
 def status(run: Path) -> dict[str, Any]:
     """Return the state of a run as plain JSON values.
 
-    `run` is the path as given; `champion` the champion's path relative to it, or None;
-    `start.metrics` what evaluate found for the first opponent; `iterations` a list of
-    {index, stages, metrics, decision, reference, optimizer, converged}. `stages` maps a name to
-    {state, key, seconds}, state being done, running, partial (an attempt that was cut off), missing
-    or corrupt. `metrics` are evaluate's, and pair's `identical_share`; `decision` is that of
-    promote, or None. `reference` is the model that the pairs were scored under, `optimizer` the
-    player whose optimizer's state was carried on, or "fresh"; `converged` says why the run may end
-    with this iteration, or is None.
+    `run` is the path as given; `champion` the champion's path relative to it, or None; `start` what
+    was found for the first opponent, as {metrics, intervals, suites}; `iterations` a list of
+    {index, stages, metrics, intervals, suites, decision, rolled_back, reference, optimizer,
+    training, converged}. `stages` maps a name to {state, key, seconds}, state being done, running,
+    partial (an attempt that was cut off), missing or corrupt. `metrics` are evaluate's, and pair's
+    `identical_share`; `intervals` theirs at 95%; `suites` maps a suite to its {metrics, intervals}.
+    `decision` is that of promote, or None, and `rolled_back` whether the pointer was taken back
+    from it since. `reference` is the model that the pairs were scored under, `optimizer` the player
+    whose optimizer's state was carried on, or "fresh"; `converged` says why the run may end with
+    this iteration, or is None.
 
     Raises:
         InputError: `run` is no run directory.
@@ -44,8 +48,11 @@ def status(run: Path) -> dict[str, Any]:
     return {
         "run": str(run),
         "champion": pointer.path if pointer else None,
-        "start": {"metrics": _evaluation(layout.start_evaluation)},
-        "iterations": [_iteration(layout, recipe, t) for t in layout.iterations()],
+        "start": {
+            **_evaluation(layout.start_evaluation),
+            "suites": _suites(layout, recipe.for_iteration(), None),
+        },
+        "iterations": [_iteration(layout, recipe, t, pointer) for t in layout.iterations()],
     }
 
 
@@ -57,17 +64,22 @@ def stage_state(out: Path) -> dict[str, Any]:
     return {"state": done, "key": None, "seconds": None}
 
 
-def _iteration(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, Any]:
+def _iteration(
+    layout: RunLayout, recipe: Recipe, iteration: int, pointer: Pointer | None
+) -> dict[str, Any]:
     config = recipe.for_iteration(iteration)
     places = {name: layout.stage(iteration, name) for name in ITERATION_STAGES}
     pool = range(1, min(config.generate.pool.size, iteration) + 1)
     places |= {f"pool-{member}": layout.pool(iteration, member) for member in pool}
+    suites = [n for n, suite in config.suites.items() if (iteration + 1) % suite.every == 0]
+    places |= {f"suite-{name}": layout.suite(iteration, name) for name in suites}
     stages = {name: stage_state(place) for name, place in places.items()}
     if stages["pair"]["state"] == "done":  # the pool that it was made with counts
         stages = {n: s for n, s in stages.items() if n[:5] != "pool-" or s["state"] != "missing"}
     if not config.pair.needs_rewards and stages["reward"]["state"] == "missing":
         del stages["reward"]
-    metrics = _evaluation(layout.stage(iteration, "evaluate"))
+    evaluation = _evaluation(layout.stage(iteration, "evaluate"))
+    metrics = evaluation["metrics"]
     pairs = _finished(layout.stage(iteration, "pair"))
     if isinstance(pairs, Manifest) and "identical_share" in pairs.metrics:
         metrics["identical_share"] = pairs.metrics["identical_share"]
@@ -75,8 +87,10 @@ def _iteration(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, A
     return {
         "index": iteration,
         "stages": stages,
-        "metrics": metrics,
+        **evaluation,
+        "suites": _suites(layout, config, iteration),
         "decision": decision,
+        "rolled_back": _is_rolled_back(layout, iteration, pointer),
         "reference": _reference(layout, iteration),
         "optimizer": _optimizer(layout, iteration),
         "training": _training(layout, iteration),
@@ -112,8 +126,23 @@ def _converged(layout: RunLayout, recipe: Recipe, iteration: int) -> str | None:
         return None
 
 
+def _suites(layout: RunLayout, config: RunConfig, iteration: int | None) -> dict[str, Any]:
+    found = {name: _evaluation(layout.suite(iteration, name)) for name in config.suites}
+    return {name: evaluation for name, evaluation in found.items() if evaluation["metrics"]}
+
+
 def _evaluation(out: Path) -> dict[str, Any]:
-    return _object(out, METRICS) or {}
+    return {
+        "metrics": _object(out, METRICS) or {},
+        "intervals": _object(out, INTERVALS_FILE) or {},
+    }
+
+
+def _is_rolled_back(layout: RunLayout, iteration: int, pointer: Pointer | None) -> bool:
+    path = layout.relative(layout.stage(iteration, "train"))
+    trail = [] if pointer is None else [entry.path for entry in pointer.trail()]
+    history = [] if pointer is None else [entry.path for entry in pointer.history]
+    return path in history and path not in trail
 
 
 def _object(out: Path, relative: str) -> dict[str, Any] | None:
@@ -145,7 +174,7 @@ def _finished(out: Path) -> Manifest | str:
 def _check_small_files(artifact: Artifact) -> None:
     """Check the hashes of the files that status itself reads."""
     for entry in artifact.manifest.files:
-        if entry.path in (METRICS, DECISION):
+        if entry.path in (METRICS, DECISION, INTERVALS_FILE):
             artifact.file(entry.path)
 
 

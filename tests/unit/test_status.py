@@ -6,13 +6,17 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from spin_cli.app import app
 from spin_cli.loop import carry_on
 from stages.artifacts import locks, read_manifest
 from stages.errors import BusyError, CorruptError, InputError
 from stages.layout import RunLayout
+from stages.promote import rollback
 from stages.recipe import Recipe, load_recipe
 from stages.run_record import start_or_resume
 from stages.status import stage_state, status
@@ -41,17 +45,41 @@ def states(layout: RunLayout, iteration: int = 0) -> dict[str, str]:
     return {name: stage["state"] for name, stage in stages.items()}
 
 
+def test_a_decision_that_was_rolled_back_says_so(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path, 2)
+    assert [row["rolled_back"] for row in status(layout.root)["iterations"]] == [False, False]
+    rollback(layout)
+    assert [row["rolled_back"] for row in status(layout.root)["iterations"]] == [False, True]
+    rows = CliRunner().invoke(app, ["status", str(layout.root)]).stdout.splitlines()
+    assert rows[-1].endswith("promoted, and rolled back since")
+    assert rows[-2].endswith("champion")
+
+
+def test_suites_and_their_intervals_are_told(tmp_path: Path) -> None:
+    layout, _ = a_run(tmp_path, 1, "suites.sums={kind: task}", "reward.name=gsm8k")
+    found = status(layout.root)
+    expected = {"sampled_accuracy": 0.6, "greedy_accuracy": 1.0}
+    assert found["start"]["suites"] == {"sums": {"metrics": expected, "intervals": {}}}
+    assert found["iterations"][0]["suites"]["sums"]["metrics"]["sampled_accuracy"] == 0.7
+    assert found["iterations"][0]["stages"]["suite-sums"]["state"] == "done"
+    lines = CliRunner().invoke(app, ["status", str(layout.root)]).stdout.splitlines()
+    assert lines[-4] == "suite sums"
+    assert lines[-1].split() == ["0", "1", "0.7"]
+
+
 def test_a_finished_run(tmp_path: Path) -> None:
     layout, _ = a_run(tmp_path, 2)
     found = status(layout.root)
     assert list(found) == ["run", "champion", "start", "iterations"]
     assert found["run"] == str(layout.root)
     assert found["champion"] == "iterations/001/train"
-    assert found["start"] == {"metrics": {"sampled_accuracy": 0.6, "greedy_accuracy": 1.0}}
+    metrics = {"sampled_accuracy": 0.6, "greedy_accuracy": 1.0}
+    assert found["start"] == {"metrics": metrics, "intervals": {}, "suites": {}}
     assert [row["index"] for row in found["iterations"]] == [0, 1]
     row = found["iterations"][1]
     assert list(row) == [
-        "index", "stages", "metrics", "decision", "reference", "optimizer", "training", "converged",
+        "index", "stages", "metrics", "intervals", "suites", "decision", "rolled_back",
+        "reference", "optimizer", "training", "converged",
     ]  # fmt: skip
     assert row["training"] == read_manifest(layout.stage(1, "train")).metrics
     assert (row["reference"], row["optimizer"]) == ("iterations/000/train", "fresh")
@@ -80,7 +108,8 @@ def test_a_finished_run(tmp_path: Path) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     layout = RunLayout(tmp_path / "run")
     start_or_resume(layout, load_recipe(None))
-    empty = {"run": str(layout.root), "champion": None, "start": {"metrics": {}}, "iterations": []}
+    start: dict[str, Any] = {"metrics": {}, "intervals": {}, "suites": {}}
+    empty = {"run": str(layout.root), "champion": None, "start": start, "iterations": []}
     assert status(layout.root) == empty
 
 
