@@ -223,9 +223,9 @@ def _of_suite(config: RunConfig, name: str | None) -> RunConfig:
     if name is None:
         return config
     suite = suite_of(config, name)
-    if not isinstance(suite, TaskSuiteConfig) or suite.data is None:
+    data = suite.prepares() if isinstance(suite, TaskSuiteConfig) else None
+    if data is None:
         raise ConfigError(f"suites.{name} has no prompts of its own; give it a `data` section")
-    data = suite.data.model_copy(update={"heldout_size": 0})
     return config.model_copy(update={"prepare": data})
 
 

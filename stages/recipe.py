@@ -17,7 +17,7 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stages.config import RunConfig
+from stages.config import RunConfig, suite_kinds
 from stages.errors import ConfigError
 
 RECIPE_SCHEME = "recipe://"
@@ -328,22 +328,65 @@ def _validate(values: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from None
+        raise ConfigError(f"{source}: {_explain(error, values)}") from None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
+    place = _place(first["loc"], values)
+    name = ".".join(place)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, known_keys(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, _keys_beside(place, values), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; `spin config show` lists all keys"
         return f"unknown key {name}{hint}"
+    if first["type"] == "missing":
+        return f"{name} is missing; set it"
+    if first["type"].startswith("union_tag"):
+        return _explain_kind(name, first["input"], values)
     message = first["msg"].removeprefix("Value error, ")
     if not name:
         return message
     of_section = first["type"] == "value_error" and isinstance(first["input"], Mapping)
     given = "" if of_section else f"={first['input']!r}"
     return f"{name}{given}: {message}"
+
+
+def _place(loc: Sequence[int | str], values: Any) -> list[str]:
+    """Return where an error is, without the kind of a suite, which pydantic puts after its name."""
+    place: list[str] = []
+    in_kind = False
+    for part in loc:
+        if isinstance(values, Mapping) and values.get("kind") == part and not in_kind:
+            in_kind = True
+            continue
+        place.append(str(part))
+        in_kind = False
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+    return place
+
+
+def _keys_beside(place: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of the keys that one at a place may have been meant for."""
+    if place[0] != "suites" or len(place) < 3:
+        return known_keys()
+    return known_keys(suite_kinds()[values["suites"][place[1]]["kind"]], f"suites.{place[1]}.")
+
+
+def _explain_kind(name: str, suite: Any, values: Mapping[str, Any]) -> str:
+    """Say that a suite has no kind, or one that there is not."""
+    kinds = ", ".join(suite_kinds())
+    kind = suite.get("kind") if isinstance(suite, Mapping) else None
+    if kind is not None:
+        near = difflib.get_close_matches(str(kind), suite_kinds(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name}.kind={kind!r}: there is no such kind of suite, but {kinds}{hint}"
+    others = [f"suites.{other}" for other in values["suites"] if f"suites.{other}" != name]
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+    hint = f"; or did you mean {near[0]}?" if near else ""
+    return f"{name} has no kind; set {name}.kind to one of {kinds}{hint}"
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

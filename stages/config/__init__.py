@@ -3,6 +3,8 @@
 Fields marked `identity=False` name a place or change speed, not the result: they stay out of keys.
 """
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from stages.config.fields import JUDGE_FIELDS, Count, Section, place
@@ -57,6 +59,7 @@ from stages.config.suites import (
     Suites,
     TaskSuiteConfig,
     WinRateSuiteConfig,
+    suite_kinds,
 )
 from stages.errors import ConfigError
 
@@ -109,6 +112,7 @@ __all__ = [
     "TrainConfig",
     "WinRateSuiteConfig",
     "has_temperature",
+    "suite_kinds",
     "suite_of",
 ]
 
@@ -143,8 +147,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _vllm_has_the_temperature(self) -> "RunConfig":
-        for name, section in (("generate", self.generate), ("evaluate", self.evaluate)):
-            engine = section.engine or self.generate.engine
+        sections: dict[str, Any] = {"generate": self.generate, "evaluate": self.evaluate}
+        for name, suite in self.suites.items():
+            if isinstance(suite, SamplingConfig):
+                sections[f"suites.{name}"] = suite
+        for name, section in sections.items():
+            inherited = None if name == "generate" else self.evaluate.engine
+            engine = section.engine or inherited or self.generate.engine
             if engine.name != "transformers" and not has_temperature(section.temperature):
                 raise ValueError(
                     f"{name}.temperature={section.temperature}: vLLM has 0 (greedy) and "

@@ -1,6 +1,6 @@
 """Suites: named evaluations beside the run's own; see docs/evaluation.md."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
@@ -21,7 +21,7 @@ class TaskSuiteConfig(_Suite, SamplingConfig):
     """Prompts of its own, all of which are asked; None: the run's held-out prompts."""
     reward: RewardConfig | None = None
     """None takes the run's."""
-    num_samples: int = Field(1, ge=0)
+    num_samples: int = Field(1, ge=0, le=1000)
     """Samples a prompt; 0 answers only greedily."""
     greedy: bool = True
     k: tuple[Count, ...] = ()
@@ -42,7 +42,16 @@ class TaskSuiteConfig(_Suite, SamplingConfig):
             )
         if not self.num_samples and not self.greedy:
             raise ValueError("num_samples=0 and greedy=false answer nothing; set one of them")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"temperature=0 draws the same answer num_samples={self.num_samples} times; raise "
+                "the temperature, or set num_samples=0 (greedy answers alone)"
+            )
         return self
+
+    def prepares(self) -> PrepareConfig | None:
+        """Return how its own prompts are prepared: none are held out, since all are asked."""
+        return self.data and self.data.model_copy(update={"heldout_size": 0})
 
 
 class LmEvalSuiteConfig(_Suite):
@@ -71,8 +80,8 @@ class WinRateSuiteConfig(_Suite):
     """Answers of a model against others to the same prompts, by a reward or a judge."""
 
     kind: Literal["win_rate"]
-    against: Literal["human", "opponent", "champion", "start"] = "opponent"
-    """Whom `spin run` compares the player with."""
+    against: Literal["human", "opponent", "champion", "start"] = place("opponent")
+    """Whom `spin run` compares the player with; it enters keys by the answers themselves."""
     answers: Literal["sampled", "greedy"] = "sampled"
     """Which of an evaluation's answers are compared."""
     reward: RewardConfig | None = None
@@ -112,6 +121,12 @@ Suite = Annotated[
     | AlpacaEvalSuiteConfig,
     Field(discriminator="kind"),
 ]
+
+
+def suite_kinds() -> dict[str, type[Section]]:
+    """Return the section of every kind of suite, by its name."""
+    kinds = get_args(get_args(Suite)[0])
+    return {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in kinds}
 
 
 def _check_names(suites: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,15 @@ def math_rule(settings: dict[str, Any]) -> Rule:
     return rule
 
 
+def boxed_answer(text: str) -> str | None:
+    r"""Return what stands in the last `\boxed{}`, tidied, a plain number by its value; or None."""
+    found = last_boxed(text)
+    if found is None:
+        return None
+    number = _as_number(_tidy(found))
+    return _tidy(found) if number is None else str(number)
+
+
 def last_boxed(text: str) -> str | None:
     r"""Return what stands in the last closed `\boxed{}` of a text, or None."""
     start = text.rfind("\\boxed")
