@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from spin_cli import lineage_commands
 from spin_cli.failures import reported
 from spin_cli.options import (
     Config,
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
 
 class Commands(TyperGroup):
     """The commands, each ended by `reported`."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the options of `spin` itself."""
+        with reported():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
@@ -874,3 +880,6 @@ def _execute(step: "Step", recipe: "Recipe", no_verify: bool = False) -> None:
 
     config = recipe.for_iteration(step.iteration)
     execute(step, config.model_copy(update={"verify": False}) if no_verify else config)
+
+
+lineage_commands.add_to(app)

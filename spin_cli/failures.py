@@ -5,11 +5,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 from spin_cli.screen import is_verbose, say
-from stages.errors import NoSpaceError, SpinError
+from stages.errors import ConfigError, NoSpaceError, SpinError
 
 BUG = 1
 INTERRUPTED = 130
@@ -44,7 +45,12 @@ def reported() -> Iterator[None]:
         say(f"spin: terminated; {_KEPT}")
         raise
     except Exception as error:
-        if _is_typers(error):
+        if _is_typers(error, "UsageError") and not _is_typers(error, "NoArgsIsHelpError"):
+            say(_usage_line(error))
+            raise typer.Exit(ConfigError.exit_code) from None
+        if _is_typers(error, "ClickException", "Exit", "Abort") or isinstance(
+            error, BrokenPipeError
+        ):
             raise
         _end_unexpected(error)
 
@@ -69,11 +75,16 @@ def _end_unexpected(error: Exception) -> None:
     raise typer.Exit(BUG) from None
 
 
-def _is_typers(error: Exception) -> bool:
-    """Tell whether an exception is Typer's own way to end: an exit, or a usage error (exit 2)."""
-    if isinstance(error, typer.Exit | typer.Abort | BrokenPipeError):
-        return True
-    return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
+def _is_typers(error: Exception, *names: str) -> bool:
+    """Tell whether an exception is one of Typer's own, which it does not name in public."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def _usage_line(error: Any) -> str:
+    """Return what is wrong with a command line, and where to read on."""
+    command = error.ctx.command_path if error.ctx is not None else "spin"
+    message = error.format_message().rstrip(".").removeprefix("Invalid value: ")
+    return f"{command}: {message[:1].lower()}{message[1:]}; see {command} --help"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,8 @@
 """Recipes: files that the user names, or those that spin ships with."""
 
+import re
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from stages.errors import ConfigError
@@ -53,7 +55,8 @@ def shipped() -> dict[str, Path]:
 
 
 def summary(path: Path) -> str:
-    """Return a recipe's first comment line, or nothing."""
-    with path.open(encoding="utf-8") as file:
-        first = file.readline().strip()
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """Return the first sentence of the comment that a recipe begins with, or nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.removeprefix("#").strip() for line in comment)
+    return re.split(r"(?<=\.) ", text, maxsplit=1)[0]
