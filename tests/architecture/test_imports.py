@@ -47,6 +47,10 @@ ALLOWED = {
     "convergence": BASE | {"decisions", "layout", "recipe"},
     "status": BASE | OF_A_RUN | {"convergence", "data"},
     "verify": BASE | OF_A_RUN,
+    "subjects": BASE | {"layout"},
+    "lineage": BASE | {"subjects"},
+    "difference": BASE | OF_A_RUN | {"lineage", "subjects"},
+    "reproduce": BASE | {"lineage", "recipe", "subjects"},
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},
     "spin_cli": BASE
     | STAGES
@@ -54,9 +58,14 @@ ALLOWED = {
     | {
         "adaptation",
         "convergence",
+        "difference",
         "engines",
+        "lineage",
+        "model",
         "progress",
+        "reproduce",
         "status",
+        "subjects",
         "transfer",
         "verify",
     },

@@ -1,0 +1,150 @@
+"""Where an artifact comes from, how two differ, and whether it can be made again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spin_cli.options import Json, NoVerify, Quiet, Verbose, example
+from spin_cli.screen import put, put_json, say, set_up_messages
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="ARTIFACT",
+        help="An artifact; a run, which means its champion; RUN:N or its folder for an iteration.",
+    ),
+]
+_KINDS = "An artifact, a run, or RUN:N (or its folder) for an iteration."
+
+
+def lineage(
+    artifact: Subject,
+    as_json: Json = False,
+    as_dot: Annotated[
+        bool, typer.Option("--dot", help="Print a graph for Graphviz's dot instead.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tell what made something, down to data and commit.
+
+    It reads manifests alone; `spin verify` hashes the bytes.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.lineage_views import dot_lines, tree_lines
+    from stages.lineage import lineage as read_lineage
+    from stages.subjects import find_subject
+
+    if as_json and as_dot:
+        raise typer.BadParameter("give one of --json and --dot")
+    found = read_lineage(find_subject(artifact))
+    if as_json:
+        put_json(found.to_json())
+        return
+    for line in dot_lines(found) if as_dot else tree_lines(found):
+        put(line)
+    problems = found.problems()
+    if problems:
+        say(f"{artifact}: {len(problems)} problems on the way; each is named above")
+
+
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help=_KINDS)],
+    other: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tell how two artifacts, iterations or runs differ.
+
+    Settings, inputs, code, counts and metrics; nothing is recomputed.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.lineage_views import difference_lines
+    from stages.difference import difference
+    from stages.subjects import find_subject
+
+    found = difference(find_subject(one), find_subject(other))
+    if as_json:
+        put_json(found.to_json())
+        return
+    for line in difference_lines(found):
+        put(line)
+
+
+def reproduce(
+    artifact: Subject,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--in", metavar="DIR", help="The run directory to work in; what is there "
+                     "from before is not made again. [default: RUN-reproduced]",
+                     show_default=False),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", min=0.0, help="How far metrics may be apart where bytes may "
+                     "differ: a share of the larger one, or of 1."),
+    ] = 0.02,
+    as_json: Json = False,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Make something again, elsewhere, and compare.
+
+    Exit code 5 when something does not agree: bytes of prepare, pair and promote where their inputs
+    are the same, and metrics of the rest.
+    """
+    set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.replay import replay
+    from stages.errors import DivergedError
+    from stages.reproduce import chain, other_makers
+    from stages.subjects import find_subject
+
+    original = chain(find_subject(artifact))
+    root = original.root
+    assert root is not None, "chains are those of runs"
+    place = folder if folder is not None else root.with_name(f"{root.name}-reproduced")
+    makers = other_makers(original)
+    for line in makers:
+        say(f"made by other code than this: {line}")
+    say(f"{artifact}: {len(list(original.made()))} artifacts are made again in {place}")
+    found = []
+    for each in replay(original, place, tolerance=tolerance, verify=not no_verify):
+        found.append(each)
+        if not as_json:
+            put(f"{each.place}: {each.text()}")
+    apart = [each.place for each in found if not each.agrees]
+    if as_json:
+        put_json(
+            {
+                "artifact": artifact,
+                "in": str(place),
+                "agrees": not apart,
+                "tolerance": tolerance,
+                "other_makers": makers,
+                "artifacts": [each.to_json() for each in found],
+            }
+        )
+    if apart:
+        raise DivergedError(
+            f"{place}: {len(apart)} of {len(found)} artifacts do not agree with the original, "
+            f"{apart[0]} first; compare them: spin diff {root / apart[0]} {place / apart[0]}"
+        )
+    equal = sum(each.same_bytes for each in found)
+    say(
+        f"{place}: all agree: {equal} of {len(found)} in every byte"
+        + (f", the others in metrics within {tolerance:g}" if equal < len(found) else "")
+    )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command(epilog=example("spin lineage runs/demo", "spin lineage runs/demo:2 --json"))(
+        lineage
+    )
+    app.command(epilog=example("spin diff runs/demo:1 runs/demo:2", "spin diff runs/a runs/b"))(
+        diff
+    )
+    app.command(epilog=example("spin reproduce runs/demo --in runs/again"))(reproduce)
