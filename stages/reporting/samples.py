@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from markupsafe import Markup
 from stages.artifacts import Artifact, count_rows, open_artifact, read_batches, read_rows
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.data.rows import EXAMPLES, PROMPTS
-from stages.errors import InputError
+from stages.errors import SpinError
 from stages.layout import RunLayout
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -72,6 +73,8 @@ class SamplesBlock:
     """Samples in it, of all evaluations."""
     left_out: int = 0
     """Samples that the limits leave out."""
+    problems: tuple[str, ...] = ()
+    """What is damaged and therefore missing, one line each; the page says them too."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +113,27 @@ def samples_block(
 
     Where an evaluation has more rows than `limits` allow, its first ones are taken. Rows stand in
     the order of their prompts' ids, which are hashes: so they are a random choice, and the same
-    prompts in every evaluation. An iteration that was not evaluated yet is left out.
+    prompts in every evaluation. An iteration that was not evaluated yet is left out, and so is a
+    damaged evaluation, of which `problems` tells.
 
     Args:
         layout: the run.
         verify: whether files are checked against their manifests' hashes.
         limits: None stands for `Limits()`.
-
-    Raises:
-        InputError: an evaluation's prompt is not among the run's held-out data.
-        CorruptError: an artifact's bytes are not those of its manifest.
     """
     limits = limits or Limits()
-    artifacts = list(_evaluations(layout, verify))
-    prompts = _Prompts()
-    share = limits.characters // max(1, len(artifacts))
-    evaluations = [
-        _evaluation(name, artifact, prompts, limits, share) for name, artifact in artifacts
-    ]
-    texts = _prompt_texts(layout, verify, prompts, limits) if prompts.numbers else []
+    prompts, problems = _Prompts(), list[str]()
+    places = list(_places(layout))
+    evaluations = []
+    for name, place in places:
+        with _telling(problems):
+            artifact = open_artifact(place, stages=("evaluate",), verify=verify)
+            share = limits.characters // len(places)
+            evaluations.append(_evaluation(name, artifact, prompts, limits, share))
+    texts: Sequence[Any] = [None] * len(prompts.numbers)
+    with _telling(problems):
+        if prompts.numbers:
+            texts = _prompt_texts(layout, verify, prompts, limits, problems)
     packed = {
         "samples-prompts": _packed(
             {"ids": list(prompts.numbers), "prompts": texts, "humans": prompts.humans}
@@ -140,7 +145,7 @@ def samples_block(
         evaluations=evaluations,
         index=script_json([_described(e) for e in evaluations]),
         packed={name: script_json(text) for name, text in packed.items()},
-        limits=limits,
+        problems=problems,
     )
     return SamplesBlock(
         html=Markup(html),  # the template escapes all that is put into it
@@ -148,6 +153,7 @@ def samples_block(
         js=(TEMPLATES / "samples.js").read_text(encoding="utf-8"),
         rows=sum(e.rows for e in evaluations),
         left_out=sum(e.left_out for e in evaluations),
+        problems=tuple(problems),
     )
 
 
@@ -184,13 +190,20 @@ def _described(evaluation: _Evaluation) -> dict[str, Any]:
     }
 
 
-def _evaluations(layout: RunLayout, verify: bool) -> Iterator[tuple[str, Artifact]]:
-    """Yield every finished evaluation of the run with its name, in order."""
+def _places(layout: RunLayout) -> Iterator[tuple[str, Path]]:
+    """Yield the place of every finished evaluation of the run with its name, in order."""
     places = [("start", layout.start_evaluation)]
     places += [(str(t), layout.stage(t, "evaluate")) for t in layout.iterations()]
-    for name, place in places:
-        if (place / MANIFEST_NAME).is_file():
-            yield name, open_artifact(place, stages=("evaluate",), verify=verify)
+    yield from ((name, place) for name, place in places if (place / MANIFEST_NAME).is_file())
+
+
+@contextmanager
+def _telling(problems: list[str]) -> Iterator[None]:
+    """Note what is wrong with an artifact: a report of the rest is worth having."""
+    try:
+        yield
+    except SpinError as error:
+        problems.append(str(error))
 
 
 def _evaluation(
@@ -265,11 +278,11 @@ def _length(text: Any) -> int:
 
 
 def _prompt_texts(
-    layout: RunLayout, verify: bool, prompts: _Prompts, limits: Limits
+    layout: RunLayout, verify: bool, prompts: _Prompts, limits: Limits, problems: list[str]
 ) -> Sequence[Any]:
     """Return the prompts in their order, each as its messages: [[role, text], …].
 
-    Long prompts that have no room together are cut to an equal part.
+    Long prompts that have no room together are cut to an equal part; one that is not found is None.
     """
     room = limits.characters // len(prompts.numbers)
     most = min(limits.characters_per_text, max(room, _SHORT_PROMPT))
@@ -281,7 +294,7 @@ def _prompt_texts(
             texts[number] = [[m["role"], _cut(m["content"], most)] for m in row["messages"]]
     missing = [i for i, text in zip(prompts.numbers, texts, strict=True) if text is None]
     if missing:
-        raise InputError(
+        problems.append(
             f"report: {len(missing)} of {len(texts)} evaluated prompts, such as {missing[0]}, are "
             f"not held out in {data.path}; it was made anew since: evaluate again"
         )

@@ -41,7 +41,7 @@
       const sample = {
         number: i,
         id: prompts.ids[prompt],
-        messages: prompts.prompts[prompt],
+        messages: prompts.prompts[prompt] || [["user", "(the prompt is missing)"]],
         human: prompts.humans[prompt],
         humanTokens: at("human_tokens", i),
         humanMargin: at("human_margin", i),
