@@ -1,0 +1,41 @@
+"""report: one offline HTML file that tells a run in the order in which one asks.
+
+It reads manifests, metrics and tables, recomputes nothing, and works on a run in any state.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.artifacts.files import write_durably
+from stages.errors import ConfigError
+from stages.reporting.collect import collect
+from stages.reporting.page import render
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written."""
+
+    path: Path
+    size_bytes: int
+    iterations: int
+    problems: tuple[str, ...]
+    """What of the run could not be read; the page says so too."""
+
+
+def write_report(run: Path, out: Path) -> Written:
+    """Write the report of a run as one HTML file, replacing an earlier one whole.
+
+    The same run gives the same bytes.
+
+    Raises:
+        InputError: `run` is no run directory.
+        ConfigError: `out` is a directory, or lies in an artifact's place.
+        NoSpaceError: the disk is full.
+    """
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a directory; name a file, such as {out / 'report.html'}")
+    view = collect(run)
+    html = render(view)
+    write_durably(out, html)
+    return Written(out, len(html.encode()), len(view.iterations), view.problems)

@@ -1,0 +1,397 @@
+"""What a report tells of a run, read from its manifests, metrics and tables.
+
+Nothing is computed again that a stage knows. What is missing, unfinished or damaged leaves a gap,
+and damage a line in `RunView.problems`: a report of half a run is worth having.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stages.artifacts import Artifact, Manifest, open_artifact, read_rows
+from stages.artifacts.json_file import read_object
+from stages.artifacts.manifest import MANIFEST_NAME
+from stages.artifacts.pointer import Pointer, read_pointer
+from stages.config import RunConfig
+from stages.convergence import converged
+from stages.data.measures import INTERVALS_FILE, METRICS_FILE, Column, read_measures
+from stages.data.rows import EXAMPLES, SFT_METRICS, TRAIN_METRICS
+from stages.decisions import DECISION
+from stages.errors import InputError, SpinError
+from stages.layout import ITERATION_STAGES, RunLayout
+from stages.recipe import Recipe
+from stages.run_record import read_recipe
+from stages.status import stage_state
+
+T = TypeVar("T")
+PAIR_REPORT = "report.json"
+EXAMPLES_FILE = "examples.parquet"
+STEPS_FILE = "metrics.parquet"
+SIDES = ("human", "opponent", "player")
+_LENGTH_COLUMNS = {
+    "human": "human_token_ids",
+    "opponent": "opponent_sample_token_ids",
+    "player": "sampled_token_ids",
+}
+_MARGIN_COLUMNS = {"human": "human_margin", "opponent": "opponent_margin"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One artifact of a run, or the place where it will be."""
+
+    name: str
+    """The stage; of a suite `suite-NAME`, of a member of the pool `pool-N`."""
+    path: str
+    """Relative to the run."""
+    state: str
+    """done, running, partial (an attempt that was cut off), missing or corrupt."""
+    manifest: Manifest | None
+    """None unless done."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation measured."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Those that are finite numbers."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of 95% confidence."""
+
+
+NOTHING_MEASURED = Evaluation()
+
+
+@dataclass(frozen=True)
+class IterationView:
+    """One iteration."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+    """In the order of the stages."""
+    evaluation: Evaluation
+    suites: Mapping[str, Evaluation]
+    decision: Mapping[str, Any] | None
+    """decision.json, as it stands there."""
+    outcome: str
+    """champion, promoted, rolled back, refused or undecided."""
+    steps: Mapping[str, list[float]]
+    """train's metrics.parquet, by column; empty where it is not there."""
+    pairs: Mapping[str, Any] | None
+    """pair's report."""
+    lengths: Mapping[str, list[float]]
+    """Tokens of the held-out responses, by whose they are."""
+    margins: Mapping[str, list[float]]
+    """Implicit rewards of the held-out responses, by whose they are."""
+    converged: str | None
+
+    def piece(self, name: str) -> Piece | None:
+        """Return one of its artifacts; None for a stage that this recipe does not have."""
+        return next((piece for piece in self.pieces if piece.name == name), None)
+
+    def manifest(self, name: str) -> Manifest | None:
+        """Return the manifest of one of its artifacts, None unless it is done."""
+        piece = self.piece(name)
+        return piece.manifest if piece else None
+
+    def measured(self, metric: str) -> tuple[float | None, tuple[float, float] | None]:
+        """Return a metric, SUITE.METRIC too, and its interval."""
+        return measured(metric, self.evaluation, self.suites)
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run."""
+
+    folder: str
+    """The name of its directory."""
+    recipe: Recipe | None
+    """None where run.json is damaged."""
+    before: tuple[Piece, ...]
+    """prepare, sft, suites' data, and the start's evaluations."""
+    start: Evaluation
+    start_suites: Mapping[str, Evaluation]
+    sft_steps: Mapping[str, list[float]]
+    iterations: tuple[IterationView, ...]
+    pointer: Pointer | None
+    problems: tuple[str, ...]
+    """One line each, as the reader of the damaged part said it."""
+    layout: RunLayout
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The recipe as it stands outside the iterations."""
+        return self.recipe.for_iteration() if self.recipe else None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield all artifacts, in the order in which they are made."""
+        yield from self.before
+        for iteration in self.iterations:
+            yield from iteration.pieces
+
+    def manifests(self) -> dict[str, Manifest]:
+        """Return all manifests by their artifacts' paths."""
+        return {p.path: p.manifest for p in self.pieces() if p.manifest is not None}
+
+    def champion_iteration(self) -> IterationView | None:
+        """Return the iteration whose player is the champion, None while there is none."""
+        return next((each for each in self.iterations if each.outcome == "champion"), None)
+
+    def measured_at_start(self, metric: str) -> tuple[float | None, tuple[float, float] | None]:
+        """Return a metric of the first opponent, SUITE.METRIC too, and its interval."""
+        return measured(metric, self.start, self.start_suites)
+
+
+def measured(
+    metric: str, evaluation: Evaluation, suites: Mapping[str, Evaluation]
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Return a metric, or that of a suite (SUITE.METRIC), and its interval; None: there is none."""
+    suite, dot, name = metric.partition(".")
+    source = suites.get(suite, NOTHING_MEASURED) if dot else evaluation
+    wanted = name if dot else metric
+    return source.metrics.get(wanted), source.intervals.get(wanted)
+
+
+def collect(run: Path) -> RunView:
+    """Return what is known of a run, whatever state it is in.
+
+    Raises:
+        InputError: `run` is no run directory.
+    """
+    return _Reader(RunLayout(run)).read()
+
+
+def measures_of(layout: RunLayout, iteration: int | None) -> dict[str, Column]:
+    """Return what an evaluation measured on each example; None: the start's.
+
+    Raises:
+        SpinError: there is no sound evaluation.
+    """
+    out = layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
+    return read_measures(open_artifact(out, stages=("evaluate",)))
+
+
+@dataclass
+class _Reader:
+    """Reads what can be read, and notes what cannot."""
+
+    layout: RunLayout
+    problems: list[str] = field(default_factory=list)
+
+    def read(self) -> RunView:
+        layout = self.layout
+        if not layout.record.is_file():
+            read_recipe(layout)  # says what is wrong with the path
+            raise InputError(f"{layout.root} is no run directory (no run.json); correct the path")
+        recipe = self._attempt(lambda: read_recipe(layout), None)
+        pointer = self._attempt(lambda: read_pointer(layout.champion), None)
+        before = tuple(self._before())
+        start_suites = {
+            piece.name.removeprefix("suite-"): self._evaluation(layout.root / piece.path)
+            for piece in before
+            if piece.name.startswith("suite-") and piece.manifest is not None
+        }
+        return RunView(
+            folder=layout.root.resolve().name,
+            recipe=recipe,
+            before=before,
+            start=self._evaluation(layout.start_evaluation),
+            start_suites=start_suites,
+            sft_steps=self._steps(layout.sft, SFT_METRICS),
+            iterations=tuple(self._iteration(t, recipe, pointer) for t in layout.iterations()),
+            pointer=pointer,
+            problems=tuple(dict.fromkeys(self.problems)),
+            layout=layout,
+        )
+
+    def _attempt(self, read: Callable[[], T], otherwise: T) -> T:
+        """Return what is read; where it is damaged, note that and return something else."""
+        try:
+            return read()
+        except (SpinError, OSError) as error:
+            self.problems.append(self._shown(str(error)))
+            return otherwise
+
+    def _shown(self, problem: str) -> str:
+        """Return a problem with paths as they are named within the run."""
+        return problem.replace(f"{self.layout.root}/", "")
+
+    def _piece(self, name: str, place: Path) -> Piece:
+        path = self.layout.relative(place)
+        state = stage_state(place)["state"]
+        if state != "done":
+            if state == "corrupt":
+                self._attempt(lambda: open_artifact(place), None)
+            return Piece(name, path, state, None)
+        artifact = self._attempt(lambda: open_artifact(place), None)
+        if artifact is None:
+            return Piece(name, path, "corrupt", None)
+        return Piece(name, path, "done", artifact.manifest)
+
+    def _before(self) -> Iterator[Piece]:
+        layout = self.layout
+        yield self._piece("prepare", layout.data)
+        sft = self._piece("sft", layout.sft)
+        if sft.state != "missing":
+            yield sft
+        for folder in _folders(layout.root / "suites"):
+            yield self._piece(f"data of suite {folder.name}", folder)
+        yield self._piece("evaluate", layout.start_evaluation)
+        yield from self._suites(layout.start_evaluation.parent)
+
+    def _suites(self, parent: Path) -> Iterator[Piece]:
+        for folder in _folders(parent):
+            if folder.name.startswith("suite-"):
+                yield self._piece(folder.name, folder)
+
+    def _iteration(
+        self, index: int, recipe: Recipe | None, pointer: Pointer | None
+    ) -> IterationView:
+        layout = self.layout
+        pieces = {name: self._piece(name, layout.stage(index, name)) for name in ITERATION_STAGES}
+        config = recipe.for_iteration(index) if recipe else None
+        if pieces["reward"].state == "missing" and not (config and config.pair.needs_rewards):
+            del pieces["reward"]
+        folder = layout.stage(index, "generate").parent
+        pool = [self._piece(p.name, p) for p in _folders(folder) if p.name.startswith("pool-")]
+        suites = list(self._suites(folder))
+        ordered = _in_order([*pieces.values(), *pool, *suites])
+        evaluated = layout.stage(index, "evaluate")
+        lengths, margins = self._shapes(evaluated)
+        decision = self._object(layout.stage(index, "promote"), DECISION)
+        is_decided = recipe is not None and decision is not None
+        return IterationView(
+            index=index,
+            pieces=ordered,
+            evaluation=self._evaluation(evaluated),
+            suites={
+                piece.name.removeprefix("suite-"): self._evaluation(layout.root / piece.path)
+                for piece in suites
+                if piece.manifest is not None
+            },
+            decision=decision,
+            outcome=_outcome(layout, index, decision, pointer),
+            steps=self._steps(layout.stage(index, "train"), TRAIN_METRICS),
+            pairs=self._object(layout.stage(index, "pair"), PAIR_REPORT),
+            lengths=lengths,
+            margins=margins,
+            converged=self._converged(recipe, index) if recipe and is_decided else None,
+        )
+
+    def _converged(self, recipe: Recipe, index: int) -> str | None:
+        try:
+            return converged(self.layout, recipe, index)
+        except SpinError:  # what is missing or damaged is told of its own piece
+            return None
+
+    def _artifact(self, place: Path) -> Artifact | None:
+        """Open an artifact; one that is unsound was told of as a piece."""
+        if not (place / MANIFEST_NAME).is_file():
+            return None
+        try:
+            return open_artifact(place)
+        except (SpinError, OSError):
+            return None
+
+    def _object(self, place: Path, relative: str) -> dict[str, Any] | None:
+        artifact = self._artifact(place)
+        if artifact is None or not _has(artifact, relative):
+            return None
+        return self._attempt(lambda: read_object(artifact, relative), None)
+
+    def _evaluation(self, place: Path) -> Evaluation:
+        metrics = self._object(place, METRICS_FILE) or {}
+        intervals = self._object(place, INTERVALS_FILE) or {}
+        return Evaluation(
+            {name: float(value) for name, value in metrics.items() if _is_number(value)},
+            {
+                name: (float(pair[0]), float(pair[1]))
+                for name, pair in intervals.items()
+                if isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))
+            },
+        )
+
+    def _steps(self, place: Path, schema: Any) -> dict[str, list[float]]:
+        artifact = self._artifact(place)
+        if artifact is None or not _has(artifact, STEPS_FILE):
+            return {}
+
+        def read() -> dict[str, list[float]]:
+            rows = list(read_rows([artifact.file(STEPS_FILE)], schema))
+            return {name: [float(row[name]) for row in rows] for name in schema.names}
+
+        return self._attempt(read, {})
+
+    def _shapes(self, place: Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Return lengths and margins of an evaluation's responses."""
+        artifact = self._artifact(place)
+        if artifact is None or not _has(artifact, EXAMPLES_FILE):
+            return {}, {}
+
+        def read() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+            columns = [*_LENGTH_COLUMNS.values(), *_MARGIN_COLUMNS.values()]
+            rows = list(read_rows([artifact.file(EXAMPLES_FILE)], EXAMPLES, columns=columns))
+            lengths = {
+                side: [float(len(row[name])) for row in rows if row[name] is not None]
+                for side, name in _LENGTH_COLUMNS.items()
+            }
+            margins = {
+                side: [row[name] for row in rows if _is_number(row[name])]
+                for side, name in _MARGIN_COLUMNS.items()
+            }
+            return _not_empty(lengths), _not_empty(margins)
+
+        nothing: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
+        return self._attempt(read, nothing)
+
+
+def _outcome(
+    layout: RunLayout, index: int, decision: Mapping[str, Any] | None, pointer: Pointer | None
+) -> str:
+    path = layout.relative(layout.stage(index, "train"))
+    if pointer is not None and pointer.path == path:
+        return "champion"
+    if decision is None:
+        return "undecided"
+    if not decision.get("promoted"):
+        return "refused"
+    history = pointer.history if pointer else []
+    was_there = any(entry.path == path for entry in history)
+    on_trail = pointer is not None and any(entry.path == path for entry in pointer.trail())
+    return "rolled back" if was_there and not on_trail else "promoted"
+
+
+def _in_order(pieces: list[Piece]) -> tuple[Piece, ...]:
+    """Return pieces as they are made: a pool's after generate, suites after evaluate."""
+    places = {name: 10 * i for i, name in enumerate(ITERATION_STAGES)}
+
+    def place(piece: Piece) -> tuple[int, str]:
+        if piece.name in places:
+            return places[piece.name], ""
+        after = "generate" if piece.name.startswith("pool-") else "evaluate"
+        return places[after] + 1, piece.name
+
+    return tuple(sorted(pieces, key=place))
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _has(artifact: Artifact, relative: str) -> bool:
+    return any(entry.path == relative for entry in artifact.manifest.files)
+
+
+def _not_empty(found: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    return {name: values for name, values in found.items() if values}
+
+
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and math.isfinite(value)

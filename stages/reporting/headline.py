@@ -1,0 +1,204 @@
+"""What stands at the top: is it better, by how much, how sure, and what happens next."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stages.data.measures import Column
+from stages.data.statistics import interval
+from stages.errors import SpinError
+from stages.reporting import numbers
+from stages.reporting.collect import IterationView, RunView, measures_of
+
+FALLBACKS = ("sampled_accuracy", "greedy_accuracy", "human_logprob_per_token")
+"""What is compared where the metric of promote says nothing of the start: the first there is."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much more of a metric one model has than another."""
+
+    metric: str
+    value: float
+    start_value: float
+    difference: float
+    bounds: tuple[float, float] | None
+    """95%, paired by example; None where the examples are not there."""
+    examples: int | None
+
+    @property
+    def verdict(self) -> str:
+        """One of better, worse and unclear; where no interval is known, unsure."""
+        if self.bounds is None:
+            return "unsure"
+        low, high = self.bounds
+        return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The answer to the first question."""
+
+    tone: str
+    """good, bad or plain."""
+    title: str
+    text: str
+    gain: Gain | None
+    last: IterationView | None
+    """The last iteration that was decided."""
+    following: tuple[str, ...]
+    """What happens next, one sentence each."""
+
+
+def headline(view: RunView) -> Headline:
+    """Return what to say first of a run."""
+    champion = view.champion_iteration()
+    shown = champion or _last_evaluated(view)
+    gain = _gain(view, shown) if shown else None
+    tone, title, text = _words(view, champion, shown, gain)
+    decided = [each for each in view.iterations if each.decision is not None]
+    following = tuple(_following(view))
+    return Headline(tone, title, text, gain, decided[-1] if decided else None, following)
+
+
+def main_metric(view: RunView, shown: IterationView | None = None) -> str:
+    """Return the metric that a run is told by: that of promote, where the start has it too."""
+    wanted = view.config.promote.metric if view.config else FALLBACKS[0]
+    known = [
+        name
+        for name in (wanted, *FALLBACKS)
+        if view.measured_at_start(name)[0] is not None
+        and (shown is None or shown.measured(name)[0] is not None)
+    ]
+    return known[0] if known else wanted
+
+
+def _words(
+    view: RunView, champion: IterationView | None, shown: IterationView | None, gain: Gain | None
+) -> tuple[str, str, str]:
+    who = f"The player of iteration {shown.index}" if shown else ""
+    if champion is None and view.pointer is not None:
+        # The pointer leads to something else than an iteration's player.
+        return "plain", "The champion stands outside the iterations", f"{view.pointer.path}."
+    if shown is None:
+        begun = "No iteration was evaluated yet" if view.iterations else "No iteration was begun"
+        return "plain", "Nothing to compare yet", f"{begun}."
+    rank = "is the champion" if champion else "was not promoted: there is no champion yet"
+    if champion is None and shown.decision is None:
+        rank = "is evaluated, but not decided yet"
+    if gain is None:
+        return (
+            "plain",
+            "How it compares with the start is not known",
+            (f"{who} {rank}. The start was not evaluated by a metric that both have."),
+        )
+    points = f"{numbers.difference(gain.metric, gain.difference)}{numbers.unit(gain.metric)}"
+    titles = {
+        "better": ("good", f"Better than the start: {points}"),
+        "worse": ("bad", f"Worse than the start: {points}"),
+        "unclear": ("plain", f"No clear difference from the start: {points}"),
+        "unsure": ("plain", f"Against the start: {points}, how surely is not known"),
+    }
+    tone, title = titles[gain.verdict]
+    return tone if champion or tone == "bad" else "plain", title, f"{who} {rank}."
+
+
+def _gain(view: RunView, shown: IterationView) -> Gain | None:
+    metric = main_metric(view, shown)
+    value, start_value = shown.measured(metric)[0], view.measured_at_start(metric)[0]
+    if value is None or start_value is None:
+        return None
+    bounds, examples = None, None
+    if "." not in metric:
+        try:
+            mine = measures_of(view.layout, shown.index).get(metric)
+            theirs = measures_of(view.layout, None).get(metric)
+        except (SpinError, OSError):  # what is damaged is told of its own piece
+            mine = theirs = None
+        if mine is not None and theirs is not None:
+            bounds, examples = paired(mine, theirs)
+    return Gain(metric, value, start_value, value - start_value, bounds, examples)
+
+
+def paired(mine: Column, theirs: Column) -> tuple[tuple[float, float] | None, int]:
+    """Return the interval of the mean difference over examples that both have, and how many.
+
+    None where the examples weigh differently in the two: their difference is no mean then.
+    """
+    at = {example: i for i, example in enumerate(theirs.example_ids)}
+    both = [(i, at[e]) for i, e in enumerate(mine.example_ids) if e in at]
+    if not both:
+        return None, 0
+    rows, others = (np.array(side) for side in zip(*both, strict=True))
+    if not np.array_equal(mine.weights[rows], theirs.weights[others]):
+        return None, len(both)
+    change = mine.values[rows] - theirs.values[others]
+    if not change.any():
+        return (0.0, 0.0), len(both)
+    return interval(change, mine.weights[rows]), len(both)
+
+
+def _last_evaluated(view: RunView) -> IterationView | None:
+    evaluated = [each for each in view.iterations if each.evaluation.metrics]
+    return evaluated[-1] if evaluated else None
+
+
+def _following(view: RunView) -> Iterator[str]:
+    """Yield what happens next, or what the user can do."""
+    for state, say in _STATES.items():
+        found = [piece.path for piece in view.pieces() if piece.state == state]
+        if found:
+            yield say(found)
+    again = "run the same command again to go on"
+    if not view.iterations:
+        yield f"No iteration was begun: {again}."
+        return
+    last = view.iterations[-1]
+    if last.decision is None:
+        if not any(piece.state in ("running", "partial") for piece in last.pieces):
+            done = [piece.name for piece in last.pieces if piece.state == "done"]
+            after = f" after {done[-1]}" if done else ""
+            yield f"Iteration {last.index} stands{after}: {again}."
+        return
+    yield from _after_decision(view, last)
+
+
+def _after_decision(view: RunView, last: IterationView) -> Iterator[str]:
+    config = view.recipe.for_iteration(last.index) if view.recipe else None
+    policy = config.promote.on_refusal if config else None
+    if last.outcome in ("refused", "rolled back"):
+        what = "was refused" if last.outcome == "refused" else "was promoted and rolled back"
+        yield f"The player of iteration {last.index} {what}; {_REFUSED.get(policy, policy)}."
+        return
+    if last.converged:
+        yield f"The run has converged: {last.converged}."
+        return
+    most = config.stop.max_iterations if config else None
+    played = len(view.iterations)
+    if most is not None and played >= most:
+        yield f"All {most} iterations of stop.max_iterations are played."
+    else:
+        yield (
+            f"Iteration {last.index} was promoted: `spin run` with --iterations {played + 1} plays "
+            "on against it."
+        )
+
+
+_REFUSED: dict[Any, str] = {
+    "stop": "the run stops there (promote.on_refusal is stop)",
+    "champion": "the run goes on from the champion",
+    "player": "the run goes on from that player all the same",
+    "retry": "the run tries again from the champion, with a lower learning rate",
+    None: "what comes next is not known, since run.json cannot be read",
+}
+_STATES: dict[str, Callable[[list[str]], str]] = {
+    "running": lambda paths: f"Running now: {', '.join(paths)}.",
+    "partial": lambda paths: (
+        f"Cut off before the end: {', '.join(paths)}; the same command goes on there."
+    ),
+    "corrupt": lambda paths: (
+        f"Damaged: {', '.join(paths)}; `spin verify` says how, and the stage has to run again."
+    ),
+}

@@ -1,0 +1,225 @@
+"""The page: one HTML document that asks for nothing and runs only the scripts it was made with.
+
+Its policy names styles and scripts by their hashes, so that no text of a model, a data set or a
+path can become one. Data stands in the page as text, or as JSON that no browser runs.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from stages.alarms import fired
+from stages.errors import SpinError
+from stages.reporting import figures, numbers
+from stages.reporting.charts import Drawer, printable
+from stages.reporting.collect import IterationView, RunView
+from stages.reporting.costs import costs
+from stages.reporting.headline import headline, main_metric
+from stages.reporting.lineage import lineage
+from stages.reporting.samples import SamplesBlock, samples_block
+from stages.reporting.settings import changes, settings
+from stages.reporting.verdict import Verdict, verdict
+
+TEMPLATES = Path(__file__).parent / "templates"
+NEWEST_OPEN = 3
+"""Decisions that are shown unfolded."""
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class AlarmRow:
+    """An alarm that fired."""
+
+    iteration: int
+    stage: str
+    name: str
+    action: str
+    text: str
+    is_decided: bool
+
+
+@dataclass(frozen=True)
+class DecisionRow:
+    """What was decided of one player."""
+
+    iteration: IterationView
+    metric: str
+    value: str
+    champion_value: str
+    reasons: tuple[str, ...]
+    gain: Verdict | None
+    tree: Verdict | None
+
+
+def render(view: RunView, *, drawer: Drawer | None = None, live: bool = False) -> str:
+    """Return the report as HTML; the same run gives the same text.
+
+    Args:
+        drawer: keeps what was drawn for an earlier page of the same run.
+        live: whether the page comes from a server, which it then asks for news.
+    """
+    drawer = drawer or Drawer()
+    block, problem = _samples(view)
+    css = _read("style.css") + _read("page.css") + (block.css if block else "")
+    scripts = [_read("page.js"), *([block.js] if block else [])]
+    html = (
+        _environment(drawer)
+        .get_template("page.html.j2")
+        .render(
+            policy=policy(css, scripts, live=live),
+            live=live,
+            css=Markup(css),
+            scripts=[Markup(script) for script in scripts],
+            samples=block,
+            problems=[*view.problems, *([problem] if problem else [])],
+            view=view,
+            **_parts(view),
+        )
+    )
+    return printable_page(html)
+
+
+def policy(css: str, scripts: Sequence[str], *, live: bool) -> str:
+    """Return the content security policy of a page with this style and these scripts."""
+    sources = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    parts = [
+        "default-src 'none'",
+        f"script-src {sources}",
+        f"style-src 'sha256-{_digest(css)}'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    return "; ".join([*parts, *(["connect-src 'self'"] if live else [])])
+
+
+def printable_page(html: str) -> str:
+    """Return a page without what no document may hold, such as half a surrogate pair."""
+    whole = html.encode("utf-8", "backslashreplace").decode()
+    return _UNPRINTABLE.sub("\ufffd", whole)
+
+
+def _parts(view: RunView) -> dict[str, Any]:
+    found = costs(view)
+    return {
+        "headline": headline(view),
+        "metric": main_metric(view),
+        "course": figures.course(view),
+        "decisions": _decisions(view),
+        "newest_open": NEWEST_OPEN,
+        "alarms": _alarms(view),
+        "training": figures.training(view),
+        "supervised": figures.supervised(view),
+        "shapes": [g for g in (figures.lengths(view), figures.margins(view)) if g is not None],
+        "pair_table": figures.pair_table(view),
+        "flows": figures.flows(view),
+        "costs": found,
+        "cost_figures": figures.cost_groups(found),
+        "settings": settings(view),
+        "changes": changes(view),
+        "lineage": lineage(view),
+    }
+
+
+def _samples(view: RunView) -> tuple[SamplesBlock | None, str | None]:
+    """Return the browser of samples, or why there is none."""
+    try:
+        return samples_block(view.layout), None
+    except (SpinError, OSError) as error:
+        return None, str(error).replace(f"{view.layout.root}/", "")
+
+
+def _decisions(view: RunView) -> list[DecisionRow]:
+    """Return the decisions, the newest first."""
+    rows = []
+    for each in reversed(view.iterations):
+        decision = each.decision
+        if decision is None:
+            continue
+        metric = str(decision.get("metric"))
+        gain = decision.get("gain")
+        rows.append(
+            DecisionRow(
+                each,
+                metric,
+                _value(metric, decision.get("value")),
+                _value(metric, decision.get("champion_value")),
+                tuple(str(reason) for reason in decision.get("reasons") or ()),
+                verdict({"kind": "gain", "figures": gain}) if isinstance(gain, dict) else None,
+                verdict(decision.get("verdict")),
+            )
+        )
+    return rows
+
+
+def _value(metric: str, value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return numbers.metric(metric, value) if is_number else numbers.MISSING
+
+
+def _alarms(view: RunView) -> list[AlarmRow]:
+    """Return the alarms that fired, the newest first: as decisions tell, or not decided yet."""
+    rows = []
+    for each in reversed(view.iterations):
+        if each.decision is not None:
+            rows += [
+                AlarmRow(each.index, *_texts(alarm), is_decided=True)
+                for alarm in each.decision.get("alarms") or ()
+                if isinstance(alarm, dict)
+            ]
+        elif view.recipe is not None:
+            config = view.recipe.for_iteration(each.index).alarms
+            rows += [
+                AlarmRow(each.index, a.stage, a.name, a.action, a.text, is_decided=False)
+                for piece in each.pieces
+                if piece.manifest is not None
+                for a in fired(piece.name, piece.manifest.metrics, config)
+            ]
+    return rows
+
+
+def _texts(alarm: dict[str, Any]) -> tuple[str, str, str, str]:
+    stage, name, action, text = (
+        str(alarm.get(key)) for key in ("stage", "name", "action", "text")
+    )
+    return stage, name, action, text
+
+
+def _environment(drawer: Drawer) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["draw"] = drawer.draw
+    environment.filters |= {
+        "label": printable,
+        "metric_value": lambda value, name: numbers.metric(name, value),
+        "metric_interval": lambda bounds, name: numbers.interval(name, bounds),
+        "difference": lambda value, name: numbers.difference(name, value),
+        "unit": numbers.unit,
+        "seconds": numbers.seconds,
+        "number": numbers.number,
+        "size": numbers.size,
+        "digest": lambda text: hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[
+            :16
+        ],
+    }
+    return environment
+
+
+def _read(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
