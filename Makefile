@@ -18,6 +18,7 @@ ARGS ?=
 
 BIN := .venv/bin
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
+CHROMIUMS := chromium chromium-browser google-chrome google-chrome-stable
 BENCHES = $(filter-out bench/_% bench/largest.py,$(wildcard bench/*.py))
 # The first of these that is Python 3.11 or later.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -50,7 +51,7 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 	@cp $(addprefix runs/demo-base/model/,$(MODEL_FILES)) configs/demo-base/
 
 ##@ Check it
-.PHONY: test test-long check bench bench-gpu
+.PHONY: test test-long check bench bench-gpu browser
 test: .venv/.dev .venv/s3 ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
@@ -64,6 +65,13 @@ check: .venv/.dev ## style, types, unit tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 tests/unit tests/architecture $(ARGS)
+
+browser: ## Debian's Chromium, where there is none: the report is tested in it
+	@command -v $(CHROMIUMS) >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing chromium" >&2 && \
+		apt-get update -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1 >&2 && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >&2; } || \
+	{ echo "no Chromium found, and none could be installed: as root, apt-get install chromium" >&2; exit 1; }
 
 bench: .venv/.dev ## every script in bench/; BENCHES=bench/NAME.py picks one
 	@for script in $(BENCHES); do echo "== $$script" >&2; $(BIN)/python $$script; done
