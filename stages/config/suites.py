@@ -7,6 +7,27 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 from stages.config.fields import Count, Section, place
 from stages.config.sections import EngineConfig, PrepareConfig, RewardConfig, SamplingConfig
 
+LEADERBOARD = "open_llm_leaderboard_v1"
+"""Stands for six of lm-evaluation-harness's tasks."""
+TASK_FILES = (".yaml", ".yml", ".py", ".json")
+_ARGUMENTS = frozenset(
+    {"add_bos_token", "chat_template_args", "enable_thinking", "max_length", "prefix_token_id",
+     "think_end_token"}
+)  # fmt: skip
+LM_EVAL_ARGUMENTS = {
+    "transformers": _ARGUMENTS
+    | {"attn_implementation", "device", "device_map", "load_in_4bit", "load_in_8bit",
+       "logits_cache", "max_cpu_memory", "max_memory_per_gpu", "mixed_precision_dtype",
+       "parallelize", "softmax_dtype", "tp_plan", "truncation"},
+    "vllm": _ARGUMENTS
+    | {"cpu_offload_gb", "data_parallel_size", "enable_chunked_prefill", "enable_prefix_caching",
+       "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "kv_cache_memory_bytes",
+       "max_gen_toks", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "quantization",
+       "tensor_parallel_size", "truncation_side"},
+}  # fmt: skip
+"""Arguments of lm-evaluation-harness's model classes that name no file, no model and no code."""
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 
 class _Suite(Section):
     every: Count = place(1)
@@ -69,11 +90,42 @@ class LmEvalSuiteConfig(_Suite):
     """Only the first so many questions of each task."""
     backend: Literal["transformers", "vllm"] = "transformers"
     batch_size: Count = place(8)
+    """Of transformers; vLLM decides for itself."""
     apply_chat_template: bool = False
     seed: int = Field(1234, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: as the library decides, which is by the model's own."""
     model_args: dict[str, JsonValue] = Field(default_factory=dict)
-    """Further arguments of the library's model class."""
+    """Further arguments of the library's model class; none that names files or code."""
+
+    @model_validator(mode="after")
+    def _names_are_no_paths(self) -> "LmEvalSuiteConfig":
+        for name in self.tasks:
+            if not name or name[0] in ".~" or set(name) & set("/\\*") or name.endswith(TASK_FILES):
+                raise ValueError(
+                    f"{name!r} is no name of a task; files of your own are reached by task_dir (a "
+                    "folder), and named by the `task` in them"
+                )
+        if LEADERBOARD in self.tasks and self.num_fewshot is not None:
+            raise ValueError(
+                f"{LEADERBOARD} has few-shot settings of its own; leave num_fewshot out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _arguments_are_harmless(self) -> "LmEvalSuiteConfig":
+        for name, value in self.model_args.items():
+            if name not in LM_EVAL_ARGUMENTS[self.backend]:
+                raise ValueError(
+                    f"model_args may not set {name!r}; there are "
+                    f"{', '.join(sorted(LM_EVAL_ARGUMENTS[self.backend]))}"
+                )
+            if name == "attn_implementation" and value not in ATTENTIONS:
+                # Another name is that of a program on the hub.
+                raise ValueError(
+                    f"attn_implementation={value!r}; choose one of {', '.join(ATTENTIONS)}"
+                )
+        return self
 
 
 class WinRateSuiteConfig(_Suite):
