@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spin_cli import lineage_commands
+from spin_cli import lineage_commands, show_commands
 from spin_cli.failures import reported
 from spin_cli.options import (
     Config,
@@ -883,3 +883,4 @@ def _execute(step: "Step", recipe: "Recipe", no_verify: bool = False) -> None:
 
 
 lineage_commands.add_to(app)
+show_commands.add_to(app)
