@@ -13,6 +13,7 @@ from spin_cli.steps import ShellText, Step, command, execute
 from stages.adaptation import adapted, at_iteration
 from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
+from stages.artifacts.produce import ALREADY_DONE
 from stages.config import RunConfig, SamplingConfig, Suite, TaskSuiteConfig, WinRateSuiteConfig
 from stages.convergence import conditions, converged
 from stages.decisions import (
@@ -58,7 +59,7 @@ def carry_on(
     Raises:
         GateRefusedError: a player was refused, and the recipe stops there.
     """
-    with _engines(recipe, iterations, keep_engine) as open_engine:
+    with _folded(), _engines(recipe, iterations, keep_engine) as open_engine:
         for step in steps(
             layout,
             recipe,
@@ -80,6 +81,35 @@ def carry_on(
     if iterations > 0:
         opponent_of(layout, recipe, iterations)  # raises when the last player was refused
     return None
+
+
+class _Folding(logging.Filter):
+    """Counts stages that were done already, and says how many before anything else is said."""
+
+    done = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg == ALREADY_DONE:
+            self.done += 1
+            return False
+        self.tell()
+        return True
+
+    def tell(self) -> None:
+        count, self.done = self.done, 0
+        if count:
+            log.info("%d stage%s already done", count, " is" if count == 1 else "s are")
+
+
+@contextmanager
+def _folded() -> Iterator[None]:
+    folding = _Folding()
+    log.addFilter(folding)
+    try:
+        yield
+        folding.tell()
+    finally:
+        log.removeFilter(folding)
 
 
 def _tell_adapted(layout: RunLayout, recipe: Recipe, iteration: int) -> None:

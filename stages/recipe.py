@@ -21,6 +21,8 @@ from stages.config import RunConfig, suite_kinds
 from stages.errors import ConfigError
 
 RECIPE_SCHEME = "recipe://"
+SHRUNK = " --shrink"
+"""Ends the source of a recipe's reduced form."""
 OF_THE_RUN = ("name", "model", "chat", "prepare", "sft", "evaluate", "suites", "stop")
 """What no iteration changes."""
 
@@ -84,10 +86,13 @@ class Recipe:
         Raises:
             ConfigError: an unknown key, a wrong type, or a value out of range.
         """
-        merged = _merge(self.base, self._block(iteration))
-        for name, value in self.overrides.items():
+        block, overrides = self._block(iteration), self._overrides(iteration)
+        merged = _merge(self.base, block)
+        for name, value in overrides.items():
             merged = _merge(merged, _nest(name, value))
-        return _validate(self._place_recipe_paths(merged), self.source)
+        changes = block or overrides != self._overrides(None)
+        where = f"{self.source}, iteration {iteration}" if changes else self.source
+        return _validate(self._place_recipe_paths(merged), where)
 
     def with_overrides(self, overrides: Sequence[str]) -> "Recipe":
         """Return this recipe with further `section.key=value` overrides, the last one winning.
@@ -95,8 +100,9 @@ class Recipe:
         Raises:
             ConfigError: an override is malformed or does not fit the schema.
         """
-        parsed = dict(_parse_override(text) for text in overrides)
-        recipe = replace(self, overrides=self.overrides | parsed)
+        parsed = _parse_overrides(overrides)
+        before = {name: value for name, value in self.overrides.items() if name not in parsed}
+        recipe = replace(self, overrides=before | parsed)
         recipe.check()
         return recipe
 
@@ -111,8 +117,9 @@ class Recipe:
 
     def turning_points(self) -> list[int]:
         """Return 0 and the iterations whose settings may differ from those of the one before."""
-        after = (span.last + 1 for span in self.iterations if span.last is not None)
-        return sorted({0, *(span.first for span in self.iterations), *after})
+        spans = [*self.iterations, *(s for s, _ in map(_of_iterations, self.overrides) if s)]
+        after = (span.last + 1 for span in spans if span.last is not None)
+        return sorted({0, *(span.first for span in spans), *after})
 
     def settings(self, iteration: int | None = None) -> dict[str, Any]:
         """Return what decides the results of one iteration, from dotted name to value."""
@@ -124,7 +131,7 @@ class Recipe:
         labels = dict.fromkeys(_flatten(self.base), self.source)
         block = _flatten(self._block(iteration))
         labels |= dict.fromkeys(block, f"{self.source}, iteration {iteration}")
-        labels |= dict.fromkeys(_flatten(self.overrides), "override")
+        labels |= dict.fromkeys(_flatten(self._overrides(iteration)), "override")
         return [(name, value, labels.get(name, "default"))
                 for name, value in _flatten(config).items()]  # fmt: skip
 
@@ -145,6 +152,11 @@ class Recipe:
             if iteration in span:
                 block = _merge(block, self.iterations[span])
         return block
+
+    def _overrides(self, iteration: int | None) -> dict[str, Any]:
+        """Return the overrides that hold in one iteration, the last one of a name."""
+        split = [(*_of_iterations(name), value) for name, value in self.overrides.items()]
+        return {name: v for span, name, v in split if span is None or iteration in span}
 
     def _place_recipe_paths(self, values: dict[str, Any]) -> dict[str, Any]:
         placed: dict[str, Any] = {}
@@ -181,14 +193,14 @@ def load_recipe(
                 f"{source} has no reduced form; add a `shrink` section with the settings of a "
                 "small model and little data, or leave out --shrink"
             )
-        source = f"{source} --shrink"
+        source += SHRUNK
         for span, block in _blocks(smaller, source).items():
             blocks[span] = _merge(blocks.get(span, {}), block)
         content = _merge(content, smaller)
     recipe = Recipe(
         base=content,
         iterations=blocks,
-        overrides=dict(_parse_override(text) for text in overrides),
+        overrides=_parse_overrides(overrides),
         source=source,
         folder=path.resolve().parent if path else None,
     )
@@ -260,14 +272,18 @@ def _blocks(content: dict[str, Any], source: str) -> dict[Span, dict[str, Any]]:
         if span in blocks:
             raise ConfigError(f"{where}.{text}: these iterations stand there twice; merge the two")
         blocks[span] = _mapping(block, f"{where}.{text}")
-        for section in OF_THE_RUN:
-            if section in blocks[span]:
-                raise ConfigError(
-                    f"{where}.{text}.{section}: {section} holds for the whole run, or iterations "
-                    f"could not be compared; move it out of `iterations` (so do "
-                    f"{', '.join(name for name in OF_THE_RUN if name != section)})"
-                )
+        for section in blocks[span]:
+            _check_may_change(f"{where}.{text}.{section}", section)
     return blocks
+
+
+def _check_may_change(where: str, section: str) -> None:
+    if section in OF_THE_RUN:
+        raise ConfigError(
+            f"{where}: {section} holds for the whole run, or iterations could not be compared; "
+            "move it out of `iterations` (so do "
+            f"{', '.join(name for name in OF_THE_RUN if name != section)})"
+        )
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -278,6 +294,16 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def _parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Return overrides by name, in the order of the last time that each was given."""
+    parsed: dict[str, Any] = {}
+    for text in texts:
+        name, value = _parse_override(text)
+        parsed.pop(name, None)
+        parsed[name] = value
+    return parsed
+
+
 def _parse_override(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name:
@@ -286,7 +312,30 @@ def _parse_override(text: str) -> tuple[str, Any]:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override {text!r}: {value!r} is no valid YAML value") from None
+    _check_block_override(name)
     return name, _number(parsed)
+
+
+def _of_iterations(name: str) -> tuple[Span | None, str]:
+    """Split `iterations.SPAN.section.key`, the name of an override, into its span and the rest."""
+    head, _, rest = name.partition(".")
+    span, _, key = rest.partition(".")
+    return (read_span(span), key) if head == "iterations" else (None, name)
+
+
+def _check_block_override(name: str) -> None:
+    if name.partition(".")[0] != "iterations":
+        return
+    try:
+        _, key = _of_iterations(name)
+    except ValueError:
+        key = ""
+    if not key:
+        raise ConfigError(
+            f"override {name!r} is not of the form iterations.N.section.key=value, where N is "
+            "0, 1, 2, …; 1-2 for several, 2+ for that and all after"
+        )
+    _check_may_change(f"override {name}", key.partition(".")[0])
 
 
 def _number(value: Any) -> Any:

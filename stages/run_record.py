@@ -9,7 +9,7 @@ from stages.artifacts.files import make_folder, write_durably
 from stages.artifacts.keys import canonical_json, open_sealed, sealed_text
 from stages.errors import ConfigError, CorruptError, InputError
 from stages.layout import RunLayout
-from stages.recipe import Recipe, recipe_from_json
+from stages.recipe import SHRUNK, Recipe, recipe_from_json
 
 RECORD_FORMAT = 1
 _HASH_NAME = "sha256"
@@ -55,6 +55,11 @@ def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -
         difference = first_difference(recorded, recipe)
         if difference is None:
             return recorded
+        if recorded.source == f"{recipe.source}{SHRUNK}":
+            raise ConfigError(
+                f"{layout.root} was started with the recipe's reduced form: add --shrink, or name "
+                "another --run"
+            )
         raise ConfigError(
             f"{layout.root} was started with another recipe: {difference}; name another --run, "
             "or add --amend to take the new one for what is not done yet"

@@ -71,6 +71,9 @@ from stages.errors import (
 
 log = logging.getLogger("spin")
 
+ALREADY_DONE = "%s: already done (%s)"
+"""What is said of an artifact that is there; a whole run folds such lines into one."""
+
 RUN_MARK = "run.json"
 ASSIST_EVERY_S = 0.5
 MOST_PAUSE_S = 3.0
@@ -205,7 +208,7 @@ def _make(
     attempt = _Attempt.of(out, plan.attempt_key)
     existing = _existing(out, plan)
     if existing is not None:
-        log.info("%s: already done (%s)", plan.stage, out)
+        log.info(ALREADY_DONE, plan.stage, out)
         shutil.rmtree(attempt.notes, ignore_errors=True)  # of a maker that was killed at the end
         return existing
     _note_other_attempts(out, attempt.stem)

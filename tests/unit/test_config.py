@@ -45,6 +45,30 @@ def test_the_last_of_two_overrides_wins() -> None:
     assert recipe.for_iteration().train.beta == 2.0
 
 
+def test_an_override_may_be_of_some_iterations(tmp_path: Path) -> None:
+    words = ["train.beta=0.3", "iterations.1-2.train.beta=0.4", "iterations.4+.train.beta=0.5"]
+    recipe = load_recipe(recipe_file(tmp_path), words)
+    betas = [recipe.for_iteration(t).train.beta for t in (None, 0, 1, 2, 3, 4, 9)]
+    assert betas == [0.3, 0.3, 0.4, 0.4, 0.3, 0.5, 0.5]
+    assert {0, 1, 3, 4} <= set(recipe.turning_points())
+    assert recipe_from_json(recipe.to_json()).for_iteration(4).train.beta == 0.5
+    assert {n: o for n, _, o in recipe.origins(1)}["train.beta"] == "override"
+
+
+def test_the_last_override_wins_whether_of_all_or_of_some_iterations() -> None:
+    recipe = load_recipe(None, ["iterations.1.train.beta=0.4", "train.beta=0.3"])
+    assert recipe.for_iteration(1).train.beta == 0.3
+    again = recipe.with_overrides(["iterations.1.train.beta=0.4"])
+    assert again.for_iteration(1).train.beta == 0.4
+
+
+def test_a_mistake_in_a_block_names_the_iteration(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("iterations: {2+: {train: {bta: 1}}}")
+    with pytest.raises(ConfigError, match=r"r\.yaml, iteration 2: unknown key train\.bta"):
+        load_recipe(path)
+
+
 def test_more_overrides_go_on_top_of_a_recipes_own(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file(tmp_path), ["seed=8", "train.beta=1"])
     more = recipe.with_overrides(["train.beta=2"])
@@ -123,6 +147,10 @@ def test_origins_name_every_setting_once() -> None:
         ("pair.policy=best_vs_worst", r"pair\.policy=best_vs_worst needs reward\.name"),
         ("train.beta", r"override 'train\.beta' is not of the form section\.key=value"),
         ("=1", r"override '=1' is not of the form"),
+        ("iterations.x.train.beta=1", r"is not of the form iterations\.N\.section\.key=value"),
+        ("iterations.1=2", r"is not of the form iterations\.N\.section\.key=value"),
+        ("iterations.1.train.bta=1", r"iteration 1: unknown key train\.bta"),
+        ("iterations.1.evaluate.greedy=false", r"evaluate holds for the whole run"),
         ("train.beta=[1", r"override 'train\.beta=\[1': .* no valid YAML"),
     ],
 )
