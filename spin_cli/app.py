@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spin_cli import lineage_commands, show_commands
+from spin_cli import compare_commands, lineage_commands, report_commands, show_commands
 from spin_cli.failures import reported
+from spin_cli.lineage_commands import export_player
 from spin_cli.options import (
     Config,
     Data,
@@ -407,13 +408,30 @@ def evaluate(
 
 
 @app.command(
-    epilog=example("spin promote runs/demo --iteration 2", "spin promote runs/demo --rollback")
-)
+    epilog=example("spin promote runs/demo --iteration 2", "spin promote runs/demo --rollback",
+                   "spin promote runs/demo --export models/champion")
+)  # fmt: skip
 def promote(
     run: Run,
     iteration: MaybeIteration = None,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Go back to the champion before.")
+    ] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Print every champion so far, with the reasons.")
+    ] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="DIR", help="Decide nothing: write the champion (with "
+                     "--iteration, that player) as a plain model folder with a model card."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Send the export to this repository of "
+                     "the Hugging Face hub, which is private if it is new."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="The repository is, or becomes, public.")
     ] = False,
     config: Annotated[
         str | None,
@@ -426,15 +444,23 @@ def promote(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Let the gate decide on a player, or roll back.
+    """Let the gate decide on a player, roll back, or export.
 
     Exit code 6 when the player does not become champion.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
-    if rollback == (iteration is not None):
-        raise typer.BadParameter("give either --iteration N or --rollback")
+    if (export is None and push_to_hub is not None) or (public and push_to_hub is None):
+        raise typer.BadParameter("--push-to-hub goes with --export DIR, and --public with it")
+    if export is not None and not (rollback or history):
+        export_player(run, export, iteration, push_to_hub, public=public, verify=not no_verify)
+        return
+    if [rollback, history, iteration is not None or export is not None].count(True) != 1:
+        raise typer.BadParameter("give one of --iteration, --rollback, --history and --export")
     if rollback:
         _roll_back(run)
+        return
+    if history:
+        _put_history(run)
         return
     from spin_cli.steps import Step
     from stages.decisions import read_decision
@@ -465,8 +491,24 @@ def _roll_back(run: Path) -> None:
 
     left, now = rollback(RunLayout(run))
     say(f"{run}: champion was {left}, is {now.path} again")
-    for number, entry in enumerate(now.history):
-        put(f"{number}  {entry.path}  {entry.key[:12]}  {entry.reason}")
+    _put_history(run)
+
+
+def _put_history(run: Path) -> None:
+    from stages.artifacts import read_pointer
+    from stages.layout import RunLayout
+    from stages.run_record import read_recipe
+
+    layout = RunLayout(run)
+    read_recipe(layout)  # refuses what is no run
+    pointer = read_pointer(layout.champion)
+    if pointer is None:
+        say(f"{run}: no champion yet")
+        return
+    for number, entry in enumerate(pointer.history):
+        when = f"  {entry.at}" if entry.at else ""
+        reason = " ".join(entry.reason.split())
+        put(f"{number}  {entry.path}  {entry.key[:12]}{when}  {reason}")
 
 
 @app.command(
@@ -883,4 +925,6 @@ def _execute(step: "Step", recipe: "Recipe", no_verify: bool = False) -> None:
 
 
 lineage_commands.add_to(app)
+report_commands.add_to(app)
 show_commands.add_to(app)
+compare_commands.add_to(app)

@@ -139,6 +139,35 @@ def reproduce(
     )
 
 
+def export_player(
+    run: Path,
+    folder: Path,
+    iteration: int | None,
+    repo: str | None,
+    *,
+    public: bool = False,
+    verify: bool = True,
+) -> None:
+    """Do the work of `spin promote --export`.
+
+    Args:
+        iteration: None means the champion.
+        repo: of the hub, where the export is sent; None sends nothing.
+    """
+    from stages import hub
+    from stages.export import CARD, export
+    from stages.layout import RunLayout
+
+    if repo is not None:
+        hub.check_ready(repo)
+    made = export(RunLayout(run), folder, iteration, verify=verify)
+    who = "the champion" if made.is_champion else "not the champion"
+    merged = ", its adapters merged" if made.merges else ""
+    say(f"{folder}: iteration {made.iteration}, {who}{merged}; its card is {folder / CARD}")
+    if repo is not None:
+        say(f"{folder}: sent to {hub.push(folder, repo, public=public)}")
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command(epilog=example("spin lineage runs/demo", "spin lineage runs/demo:2 --json"))(

@@ -40,7 +40,9 @@ ALLOWED = {
     "suites": BASE | {"data", "model", "engines", "rewards", "progress"},
     **dict.fromkeys(STAGES, BELOW_STAGES),
     **dict.fromkeys(("evaluate", "suite"), BELOW_STAGES | {"suites"}),
+    "report": BASE | {"reporting"},
     # A run as a whole.
+    "reporting": BASE | OF_A_RUN | {"alarms", "convergence", "data", "lineage", "status"},
     "run_record": BASE | {"layout", "recipe"},
     "decisions": BASE | {"layout", "recipe", "run_record"},
     "adaptation": BASE | {"decisions", "layout", "recipe"},
@@ -52,18 +54,26 @@ ALLOWED = {
     "lineage": BASE | {"subjects"},
     "difference": BASE | OF_A_RUN | {"lineage", "subjects"},
     "reproduce": BASE | {"lineage", "recipe", "subjects"},
+    "compare": BASE | {"data", "layout", "lineage", "subjects"},
+    "model_card": BASE,
+    "export": BASE | OF_A_RUN | {"data", "lineage", "model", "model_card"},
+    "hub": BASE | {"model_card"},
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},
     "spin_cli": BASE
     | STAGES
     | OF_A_RUN
     | {
         "adaptation",
+        "compare",
         "convergence",
         "difference",
         "engines",
+        "export",
+        "hub",
         "lineage",
         "model",
         "progress",
+        "reporting",
         "reproduce",
         "show",
         "status",
@@ -172,6 +182,7 @@ def test_stages_meet_in_artifacts_only() -> None:
         ("vllm", "stages/engines/vllm.py"),
         ("ray", "stages/engines/ray.py"),
         ("peft", "stages/model/adapters.py"),
+        ("lm_eval", "stages/suites/lm_eval_child.py"),
     ],
 )
 def test_one_file_alone_imports_an_optional_library(library: str, home: str) -> None:

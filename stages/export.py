@@ -1,0 +1,296 @@
+"""export: a player as a plain model folder for transformers and vLLM, with a model card."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import Artifact, Manifest, open_artifact, read_manifest, run_root
+from stages.artifacts.files import fsync_path, make_folder, writing
+from stages.artifacts.json_file import read_object
+from stages.artifacts.locks import hold, lock_path
+from stages.artifacts.manifest import MANIFEST_NAME, check_file
+from stages.artifacts.pointer import read_pointer
+from stages.artifacts.produce import check_outside_artifacts
+from stages.config import RunConfig
+from stages.data.measures import INTERVALS_FILE, METRICS_FILE
+from stages.decisions import read_decision
+from stages.errors import ConfigError, InputError
+from stages.layout import RunLayout
+from stages.lineage import KEY_CHARS, Lineage, flat, made_with, notable_settings, trace
+from stages.model.base import BASE_NAME, is_adapter
+from stages.model.source import MODEL_FILES, ModelSource, resolve_model
+from stages.model_card import HUB_ID, Card, Data, Evaluated, Played, model_card
+from stages.run_record import read_recipe
+
+CARD = "README.md"
+LINEAGE = "lineage.json"
+_METRICS = (
+    "sampled_accuracy", "greedy_accuracy", "heldout_reward_accuracy", "heldout_reward_margin",
+    "human_logprob_per_token", "sampled_mean_tokens",
+)  # fmt: skip
+"""What a card shows of the run's own evaluations, after the metric that the gate asks."""
+_MAX_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class Export:
+    """A player to be exported."""
+
+    iteration: int
+    source: ModelSource
+    is_champion: bool
+
+    @property
+    def merges(self) -> bool:
+        """Tell whether it is an adapter, which is merged into its base."""
+        return is_adapter(self.source.path)
+
+
+def export(
+    layout: RunLayout, out: Path, iteration: int | None = None, *, verify: bool = True
+) -> Export:
+    """Write the champion, or the player of an iteration, as the folder `out`.
+
+    It holds weights (adapters merged into them), configuration, tokenizer, chat template, the model
+    card README.md, and lineage.json. It is filled in a hidden sibling, flushed, and renamed.
+
+    Raises:
+        InputError: there is no champion, or no such player.
+        CorruptError: bytes are not those of the manifests.
+        ConfigError: `out` exists, or lies in a run or an artifact.
+        BusyError: another process is exporting to it.
+        NoSpaceError: the disk is full.
+    """
+    _check_place(out)
+    found = _find(layout, iteration, verify)
+    folder = found.source.verified()
+    with hold(lock_path(out), f"export to {out}"), writing(out):
+        _check_place(out)
+        partial = out.with_name(f".{out.name}.export.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        make_folder(partial)
+        try:
+            if found.merges:
+                _merge(folder, partial)
+            else:
+                assert found.source.artifact is not None, "players are artifacts"
+                _copy(found.source.artifact, partial)
+            lineage = trace([folder.resolve()], layout.root.resolve())
+            text = json.dumps(lineage.to_json(), indent=1, sort_keys=True) + "\n"
+            (partial / LINEAGE).write_text(text, encoding="utf-8")
+            card = model_card(describe(layout, found, lineage))
+            (partial / CARD).write_text(card, encoding="utf-8")
+            _publish(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # the failure itself is what to tell
+            raise
+    return found
+
+
+def describe(layout: RunLayout, found: Export, lineage: Lineage) -> Card:
+    """Return what the card of an export says."""
+    recipe = read_recipe(layout)
+    config = recipe.for_iteration(found.iteration)
+    manifest = read_manifest(found.source.path)
+    measured = _measured(layout, found.iteration, config)
+    outside = [(n.path, n.key) for n in lineage.nodes.values() if not n.inside_run]
+    hub = [path.rpartition("@")[0] for path, key in outside if key.startswith("hub:")]
+    sources = [node.sources() for node, _ in lineage.made() if node.sources()]
+    names = [
+        s[n] for s in sources if s.get("commits") for n in ("source", "heldout_source") if n in s
+    ]
+    return Card(
+        run=config.name,
+        iteration=found.iteration,
+        is_champion=found.is_champion,
+        key=manifest.key,
+        merged=found.merges,
+        game={
+            "policy": config.pair.policy,
+            **{name: manifest.config["train"].get(name) for name in ("loss", "beta")},
+        },
+        start=outside[0][0] if outside else "random weights",
+        base_model=hub[0] if len(hub) == 1 else None,
+        datasets=sorted({name for name in names if HUB_ID.fullmatch(str(name))}),
+        measured=measured,
+        columns={suite: _columns(suite, rows, config) for suite, rows in measured.items()},
+        played=_played(layout, found, lineage),
+        data=[
+            Data(n.path, n.key[:KEY_CHARS], n.content, m.counts, n.sources())
+            for n, m in lineage.made()
+            if m.stage == "prepare"
+        ],
+        versions={name: sorted(used) for name, used in lineage.versions().items()},
+        settings=_public(notable_settings(config.identity())),
+        artifact=layout.relative(layout.stage(found.iteration, "train")),
+        problems=lineage.problems(),
+    )
+
+
+def _find(layout: RunLayout, iteration: int | None, verify: bool) -> Export:
+    pointer = read_pointer(layout.champion)
+    champion = layout.iteration_of(pointer.path) if pointer else None
+    if iteration is None:
+        if pointer is None or champion is None:
+            raise InputError(
+                f"{layout.root} has no champion yet; promote a player, or export one as it is: "
+                "--iteration N"
+            )
+        iteration = champion
+    place = layout.stage(iteration, "train")
+    if not (place / MANIFEST_NAME).is_file():
+        raise InputError(f"{layout.root}: iteration {iteration} has no player ({place}); train it")
+    source = resolve_model(str(place), None, layout.root, verify)
+    is_champion = iteration == champion
+    if is_champion and pointer is not None and source.ref.key != pointer.key:
+        raise InputError(
+            f"{layout.champion} points to {pointer.path} with key {pointer.key[:KEY_CHARS]}, but "
+            f"{source.ref.key[:KEY_CHARS]} is there; roll back: spin promote {layout.root} "
+            "--rollback"
+        )
+    return Export(iteration, source, is_champion)
+
+
+def _check_place(out: Path) -> None:
+    if os.path.lexists(out):
+        raise ConfigError(
+            f"{out} exists; nothing is overwritten: name another --export, or delete it"
+        )
+    check_outside_artifacts(out)
+    root = run_root(out.resolve())
+    if root is not None:
+        raise ConfigError(
+            f"{out} lies in the run {root}; name a folder outside of it: --export DIR"
+        )
+
+
+def _copy(player: Artifact, folder: Path) -> None:
+    """Copy the files of a whole model, and check the copies' hashes."""
+    for entry in player.manifest.files:
+        if (
+            any(Path(entry.path).match(pattern) for pattern in MODEL_FILES)
+            and "/" not in entry.path
+        ):
+            shutil.copyfile(player.file(entry.path), folder / entry.path)
+            check_file(folder / entry.path, entry, artifact=folder)
+
+
+def _merge(adapter: Path, folder: Path) -> None:
+    """Write an adapter with its base as one whole model."""
+    from stages.model.adapters import weights
+    from stages.model.load import load_model
+    from stages.model.save import save_model, saved_dtype
+
+    model = load_model(adapter, saved_dtype("auto", adapter))
+    state = {name: weight.detach() for name, weight in weights(model)}
+    template = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+    save_model(model, state, folder, adapter, template)
+    assert not (folder / BASE_NAME).exists(), "a whole model has no base"
+
+
+def _publish(partial: Path, out: Path) -> None:
+    for path in [p for p in partial.rglob("*") if p.is_file()]:
+        path.chmod(partial.stat().st_mode & 0o666)  # safetensors leaves 0600
+        fsync_path(path)
+    for path in [p for p in partial.rglob("*") if p.is_dir()]:
+        fsync_path(path)
+    fsync_path(partial)
+    partial.rename(out)
+    fsync_path(out.parent)
+
+
+def _measured(layout: RunLayout, last: int, config: RunConfig) -> dict[str, list[Evaluated]]:
+    """Return the evaluations of the start and of all iterations up to `last`, by suite."""
+    suites = ["", *config.suites]
+    found: dict[str, list[Evaluated]] = {suite: [] for suite in suites}
+    for iteration in [None, *(t for t in layout.iterations() if t <= last)]:
+        label = "start" if iteration is None else f"iteration {iteration}"
+        own = layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
+        for suite in suites:
+            place = layout.suite(iteration, suite) if suite else own
+            if (place / MANIFEST_NAME).is_file():
+                artifact = open_artifact(place)
+                has = {entry.path for entry in artifact.manifest.files}
+                intervals = read_object(artifact, INTERVALS_FILE) if INTERVALS_FILE in has else {}
+                metrics = read_object(artifact, METRICS_FILE)
+                found[suite].append(Evaluated(label, metrics, intervals, iteration == last))
+    return {suite: rows for suite, rows in found.items() if rows}
+
+
+def _columns(suite: str, rows: list[Evaluated], config: RunConfig) -> list[str]:
+    if not suite:
+        names = [config.promote.metric, *_METRICS]
+    else:
+        asked = [
+            name.removeprefix(f"{suite}.")
+            for name in _asked(config)
+            if name.startswith(f"{suite}.")
+        ]
+        names = [
+            *asked,
+            *(n for r in rows for n in r.intervals),
+            *(n for r in rows for n in r.metrics),
+        ]
+    present = [n for n in dict.fromkeys(names) if any(n in row.metrics for row in rows)]
+    return present[:_MAX_COLUMNS]
+
+
+def _asked(config: RunConfig) -> list[str]:
+    return config.promote.gate.metrics() if config.promote.gate else []
+
+
+def _played(layout: RunLayout, found: Export, lineage: Lineage) -> list[Played]:
+    """Return the iterations up to the exported one."""
+    players = {n.path: m for n, m in lineage.made() if m.stage == "train"}
+    varying = _varying(list(players.values()))
+    pointer = read_pointer(layout.champion)
+    rows = []
+    for iteration in [t for t in layout.iterations() if t <= found.iteration]:
+        path = layout.relative(layout.stage(iteration, "train"))
+        trained = players.get(path)
+        verdict, reasons = _verdict(layout, iteration, pointer.path if pointer else None)
+        settings = flat(trained.config) if trained else {}
+        rows.append(
+            Played(
+                iteration=iteration,
+                opponent=trained.inputs["model"].path if trained else "",
+                key=trained.key[:KEY_CHARS] if trained else "",
+                pairs=trained.inputs["pairs"].key[:KEY_CHARS] if trained else "",
+                own_settings={name: settings[name] for name in varying if name in settings},
+                commit=made_with(trained).get("commit", "") if trained else "",
+                verdict=verdict,
+                reasons=reasons,
+                led_here=trained is not None,
+            )
+        )
+    return rows
+
+
+def _varying(players: list[Manifest]) -> list[str]:
+    """Return the settings that are not the same in all players."""
+    trees = [flat(manifest.config) for manifest in players]
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    return [n for n in names if any(tree.get(n) != trees[0].get(n) for tree in trees)]
+
+
+def _verdict(layout: RunLayout, iteration: int, champion: str | None) -> tuple[str, list[str]]:
+    out = layout.stage(iteration, "promote")
+    if not (out / MANIFEST_NAME).is_file():
+        return "not decided", []
+    decision = read_decision(out)
+    if not decision.promoted:
+        return "refused", decision.reasons
+    here = layout.relative(layout.stage(iteration, "train"))
+    return ("champion" if here == champion else "promoted"), decision.reasons
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the folders of this machine, which are no one's business."""
+    return {
+        name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        for name, value in settings.items()
+    }
