@@ -52,10 +52,10 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 
 ##@ Check it
 .PHONY: test test-long check bench bench-gpu browser
-test: .venv/.dev .venv/s3 ## all tests but the long ones; ARGS='-k NAME' picks some
+test: .venv/.dev .venv/s3 .venv/lm-eval ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-long: .venv/.dev .venv/optim8 .venv/ray ## the long tests: kills at every system call, many repetitions
+test-long: .venv/.dev .venv/optim8 .venv/ray .venv/lm-eval ## the long tests: kills at every system call, many repetitions
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m long --timeout 3600 $(ARGS)
 	@PYTHONPATH=.venv/optim8 $(BIN)/python -m pytest -m '' -k torchao tests/unit/test_optim.py
 	@PYTHONPATH=.venv/ray $(BIN)/python -m pytest -m long tests/pipeline/test_ray_engine.py
@@ -144,6 +144,12 @@ endef
 # In a place of its own: the S3 libraries want an older python-dateutil; only their tests see it.
 .venv/s3: constraints/s3.txt | .venv/.dev
 	@echo "installing the S3 libraries of the tests into $@" >&2
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
+	@touch $@
+
+# In a place of its own: transformers imports scikit-learn wherever it is, which takes time.
+.venv/lm-eval: constraints/lm-eval.txt | .venv/.dev
+	@echo "installing lm-evaluation-harness for its tests into $@" >&2
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
 	@touch $@
 
