@@ -164,14 +164,29 @@ def collect(run: Path) -> RunView:
     return _Reader(RunLayout(run)).read()
 
 
-def measures_of(layout: RunLayout, iteration: int | None) -> dict[str, Column]:
-    """Return what an evaluation measured on each example; None: the start's.
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one evaluation, on each example."""
+
+    column: Column
+    asked: Any
+    """What decides how the examples were asked and scored; equal where two can be compared."""
+
+
+def measured_on_examples(layout: RunLayout, iteration: int | None, metric: str) -> Measured | None:
+    """Return a metric, SUITE.METRIC too, on each example; iteration None: of the start.
 
     Raises:
         SpinError: there is no sound evaluation.
     """
-    out = layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
-    return read_measures(open_artifact(out, stages=("evaluate",)))
+    suite, dot, name = metric.rpartition(".")
+    place = layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
+    artifact = open_artifact(layout.suite(iteration, suite) if dot else place)
+    column = read_measures(artifact).get(name)
+    made = artifact.manifest
+    asked = [made.config.get(each) for each in ("evaluate", "suite", "chat", "reward")]
+    asked += [made.inputs[each].key for each in ("data", "reward_model") if each in made.inputs]
+    return Measured(column, asked) if column else None
 
 
 @dataclass

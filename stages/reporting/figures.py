@@ -29,7 +29,7 @@ from stages.reporting.flow import Flow, flow
 MOST_POINTS = 240
 """Of one training curve; more steps are drawn as means of neighbours."""
 MOST_BINS = 40
-MOST_PANELS = 4
+MOST_PANELS = 3
 """Of one kind, one an iteration; the latest are shown, the tables hold all."""
 MOST_SUITE_PANELS = 4
 """Of one suite."""
@@ -44,13 +44,13 @@ _METRICS = {
 }
 """Shown in this order, after the metric of promote."""
 _CURVES = (
-    ("loss", "loss", "Loss"),
-    ("accuracy", "accuracy", "Accuracy: the chosen answer has the higher implicit reward"),
-    ("margin", "margin", "Margin: β times the difference of the two log-ratios"),
-    ("chosen_logratio", "chosen log-ratio", "Log-ratio of the chosen answers to the reference"),
+    ("loss", "loss", "Mean over the batch"),
+    ("accuracy", "accuracy", "How often the chosen answer has the higher implicit reward"),
+    ("margin", "margin", "β times the difference of the two log-ratios"),
+    ("chosen_logratio", "chosen log-ratio", "Chosen answers, player against reference"),
     ("rejected_logratio", "rejected log-ratio",
-     "Log-ratio of the rejected answers to the reference"),
-    ("grad_norm", "gradient norm", "Gradient norm before clipping"),
+     "Rejected answers, player against reference"),
+    ("grad_norm", "gradient norm", "Before clipping"),
 )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def training(view: RunView) -> Group | None:
         )
         panel = Lines(
             title=title,
-            description=f"{note}, by training step. {ends}.",
+            description=f"{title} by training step. {note}. {ends}.",
             lines=lines,
             x_label="step",
             percent=column == "accuracy",

@@ -4,13 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from stages.data.measures import Column
-from stages.data.statistics import interval
+from stages.data.paired import Paired, compare
 from stages.errors import SpinError
 from stages.reporting import numbers
-from stages.reporting.collect import IterationView, RunView, measures_of
+from stages.reporting.collect import IterationView, RunView, measured_on_examples
 
 FALLBACKS = ("sampled_accuracy", "greedy_accuracy", "human_logprob_per_token")
 """What is compared where the metric of promote says nothing of the start: the first there is."""
@@ -24,17 +21,15 @@ class Gain:
     value: float
     start_value: float
     difference: float
-    bounds: tuple[float, float] | None
-    """95%, paired by example; None where the examples are not there."""
-    examples: int | None
+    paired: Paired | None
+    """Example by example; None where the two were not asked alike, or the examples are gone."""
 
     @property
     def verdict(self) -> str:
         """One of better, worse and unclear; where no interval is known, unsure."""
-        if self.bounds is None:
+        if self.paired is None:
             return "unsure"
-        low, high = self.bounds
-        return "better" if low > 0 else "worse" if high < 0 else "unclear"
+        return "better" if self.paired.low > 0 else "worse" if self.paired.high < 0 else "unclear"
 
 
 @dataclass(frozen=True)
@@ -110,34 +105,19 @@ def _gain(view: RunView, shown: IterationView) -> Gain | None:
     value, start_value = shown.measured(metric)[0], view.measured_at_start(metric)[0]
     if value is None or start_value is None:
         return None
-    bounds, examples = None, None
-    if "." not in metric:
-        try:
-            mine = measures_of(view.layout, shown.index).get(metric)
-            theirs = measures_of(view.layout, None).get(metric)
-        except (SpinError, OSError):  # what is damaged is told of its own piece
-            mine = theirs = None
-        if mine is not None and theirs is not None:
-            bounds, examples = paired(mine, theirs)
-    return Gain(metric, value, start_value, value - start_value, bounds, examples)
+    paired = _paired(view, shown.index, metric)
+    return Gain(metric, value, start_value, value - start_value, paired)
 
 
-def paired(mine: Column, theirs: Column) -> tuple[tuple[float, float] | None, int]:
-    """Return the interval of the mean difference over examples that both have, and how many.
-
-    None where the examples weigh differently in the two: their difference is no mean then.
-    """
-    at = {example: i for i, example in enumerate(theirs.example_ids)}
-    both = [(i, at[e]) for i, e in enumerate(mine.example_ids) if e in at]
-    if not both:
-        return None, 0
-    rows, others = (np.array(side) for side in zip(*both, strict=True))
-    if not np.array_equal(mine.weights[rows], theirs.weights[others]):
-        return None, len(both)
-    change = mine.values[rows] - theirs.values[others]
-    if not change.any():
-        return (0.0, 0.0), len(both)
-    return interval(change, mine.weights[rows]), len(both)
+def _paired(view: RunView, iteration: int, metric: str) -> Paired | None:
+    try:
+        mine = measured_on_examples(view.layout, iteration, metric)
+        theirs = measured_on_examples(view.layout, None, metric)
+    except (SpinError, OSError):  # what is damaged is told of its own piece
+        return None
+    if mine is None or theirs is None or mine.asked != theirs.asked:
+        return None
+    return compare(mine.column, theirs.column)
 
 
 def _last_evaluated(view: RunView) -> IterationView | None:

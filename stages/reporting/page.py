@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from stages.alarms import fired
 from stages.errors import SpinError
 from stages.reporting import figures, numbers
-from stages.reporting.charts import Drawer, printable
+from stages.reporting.ancestry import ancestry
+from stages.reporting.charts import Drawer
 from stages.reporting.collect import IterationView, RunView
 from stages.reporting.costs import costs
 from stages.reporting.headline import headline, main_metric
-from stages.reporting.lineage import lineage
 from stages.reporting.samples import SamplesBlock, samples_block
 from stages.reporting.settings import changes, settings
 from stages.reporting.verdict import Verdict, verdict
@@ -124,7 +124,7 @@ def _parts(view: RunView) -> dict[str, Any]:
         "cost_figures": figures.cost_groups(found),
         "settings": settings(view),
         "changes": changes(view),
-        "lineage": lineage(view),
+        "ancestry": ancestry(view),
     }
 
 
@@ -186,9 +186,7 @@ def _alarms(view: RunView) -> list[AlarmRow]:
 
 
 def _texts(alarm: dict[str, Any]) -> tuple[str, str, str, str]:
-    stage, name, action, text = (
-        str(alarm.get(key)) for key in ("stage", "name", "action", "text")
-    )
+    stage, name, action, text = (str(alarm.get(key)) for key in ("stage", "name", "action", "text"))
     return stage, name, action, text
 
 
@@ -202,7 +200,7 @@ def _environment(drawer: Drawer) -> jinja2.Environment:
     )
     environment.globals["draw"] = drawer.draw
     environment.filters |= {
-        "label": printable,
+        "code": _code,
         "metric_value": lambda value, name: numbers.metric(name, value),
         "metric_interval": lambda bounds, name: numbers.interval(name, bounds),
         "difference": lambda value, name: numbers.difference(name, value),
@@ -215,6 +213,11 @@ def _environment(drawer: Drawer) -> jinja2.Environment:
         ],
     }
     return environment
+
+
+def _code(text: str) -> Markup:
+    """Return a sentence of ours with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _read(name: str) -> str:

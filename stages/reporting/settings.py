@@ -1,10 +1,10 @@
 """The settings that matter: those that a recipe sets itself, and what changed by iteration."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stages.artifacts.keys import canonical_json
+from stages.lineage import flat
 from stages.recipe import Recipe
 from stages.reporting.collect import IterationView, RunView
 
@@ -41,9 +41,9 @@ def settings(view: RunView) -> list[Setting]:
     if view.recipe is None:
         return []
     return [
-        Setting(name, shown(value), _origin(origin))
+        Setting(name, _without_folders(shown(value)), _without_folders(origin))
         for name, value, origin in view.recipe.origins()
-        if name in ALWAYS or origin != "default"
+        if name in ALWAYS or (origin != "default" and name != "name")
     ]
 
 
@@ -69,18 +69,10 @@ def _of_iteration(recipe: Recipe | None, iteration: IterationView) -> dict[str, 
         manifest = iteration.manifest(name)
         section = manifest.config.get(name) if manifest else None
         if isinstance(section, dict):
-            used |= _flat(section, f"{name}.")
+            used |= flat(section, f"{name}.")
     return {name: shown(value) for name, value in {**planned, **used}.items()}
 
 
-def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in section.items():
-        nested = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return found
-
-
-def _origin(origin: str) -> str:
-    """Return where a value came from, without the folders of this machine."""
-    return origin.rpartition("/")[2]
+def _without_folders(text: str) -> str:
+    """Return a path without the folders of this machine, and any other text as it is."""
+    return f"…/{text.rpartition('/')[2]}" if text.startswith("/") else text
