@@ -1,4 +1,4 @@
-"""The Chromium that tries out the report and takes its pictures: the system's own, never a download."""
+"""The Chromium that tries out the report and takes its pictures: the system's, never a download."""
 
 import shutil
 from collections.abc import Iterator

@@ -434,6 +434,18 @@
       return true;
     }
 
+    // The page's data are new ones; the evaluation that is shown stays until another is asked for.
+    renew() {
+      this.index = parsed("samples-index");
+      this.prompts = unpacked("samples-prompts");
+      this.loaded.clear();
+      const select = this.get("evaluation");
+      const names = [...select.options].map((option) => option.value);
+      const added = this.index.filter((e) => !names.includes(e.name)).map((e) => e.label);
+      options(select, this.index.map((e) => [e.name, e.label]));
+      if (added.length) element("samples-said").textContent = `New samples: ${added.join(", ")}.`;
+    }
+
     async load(name) {
       const [columns, prompts] = await Promise.all([unpacked(`samples-of-${name}`), this.prompts]);
       const samples = samplesOf(columns, prompts);
@@ -578,6 +590,7 @@
       });
       this.get("form").addEventListener("submit", (event) => {
         event.preventDefault();
+        clearTimeout(typing); // or it would take the focus away again
         this.find();
         this.focus(0);
       });
@@ -627,8 +640,23 @@
     if (offered.some(([value]) => value === before)) select.value = before;
   }
 
+  // A served page has newer samples: take their data, and leave what is being read as it is.
+  function take(browser, section) {
+    if (!browser) {
+      element("samples").replaceWith(document.importNode(section, true));
+      return start();
+    }
+    for (const fresh of section.querySelectorAll('script[type="application/json"]')) {
+      const old = element(fresh.id);
+      if (old) old.textContent = fresh.textContent;
+      else element("samples").append(document.importNode(fresh, true));
+    }
+    browser.renew();
+    return browser;
+  }
+
   async function start() {
-    if (!element("samples-index")) return;
+    if (!element("samples-index")) return null;
     const browser = new Browser(parsed("samples-index"));
     try {
       if (!(await browser.follow(location.hash))) await browser.open(browser.get("evaluation").value);
@@ -638,7 +666,13 @@
     }
     browser.get("form").hidden = false;
     performance.mark("samples-ready");
+    return browser;
   }
 
-  start();
+  let running = start();
+  document.addEventListener("spin:samples", (event) => {
+    if (!event.detail.section) return;
+    event.preventDefault();
+    running = running.then((browser) => take(browser, event.detail.section));
+  });
 })();
