@@ -1,0 +1,434 @@
+"""compare: several models side by side by what their evaluations measured, paired by example.
+
+Nothing is measured anew. Intervals of differences are those of examples that both models have, so
+that what makes an example easy or hard for both does not widen them.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import Artifact, Manifest, open_artifact
+from stages.artifacts.json_file import read_object
+from stages.artifacts.manifest import MANIFEST_NAME
+from stages.artifacts.pointer import read_pointer
+from stages.data.measures import INTERVALS_FILE, METRICS_FILE, Column, read_measures
+from stages.data.paired import Paired
+from stages.data.paired import compare as compare_columns
+from stages.errors import InputError
+from stages.layout import RunLayout
+from stages.lineage import flat
+from stages.subjects import Subject, find_subject
+
+EVALUATION = "evaluate"
+"""What the main evaluation is called among the suites."""
+START = ":start"
+_OWN_INPUTS = ("model", "answers", "judged", "opponent", "opponent_evaluation", "against")
+"""Inputs that are another model's own, or are looked at on their own."""
+_BETTER_HIGHER = re.compile(
+    r"accuracy|win_rate|^score|^pass@|^majority@|(^|/)(acc|exact_match|f1|mc[12]|bleu|rouge)"
+    r"|^mean_reward$|^human_logprob_per_token$|^sampled_gain$"
+)
+_BETTER_LOWER = re.compile(
+    r"^(sampled_|greedy_)?(cut_off|empty|unscored|unasked)_share$"
+    r"|(^|/)(\w*perplexity|bits_per_byte)"
+)
+_OF_THE_GAME = re.compile(r"^(heldout|opponent)_")
+"""Metrics that say how two players stand to each other, and nothing of either's quality."""
+_OF_BOTH_SIDES = re.compile(
+    r"win_rate|^tie_share$|^identical_share$|^other_|^position_flip_share$|^(heldout|opponent)_"
+    r"|^sampled_gain$"
+)
+"""Metrics that depend on whom a model was compared with."""
+_log = logging.getLogger("spin")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One column of the comparison."""
+
+    name: str
+    """As the user gave it; of the iterations of a run, RUN:N."""
+    evaluations: Mapping[str, Path]
+    """From EVALUATION, or a suite's name, to the artifact."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric of one model."""
+
+    value: float | None
+    low: float | None
+    """Of the 95% interval; None where the metric is no mean over examples."""
+    high: float | None
+    examples: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of one model against the base's."""
+
+    metric: str
+    model: int
+    """Its place among the models."""
+    base: int
+    paired: Paired
+    """Its gain is the model's value minus the base's, whichever is better."""
+    p_value: float
+    """Two-sided, of no difference."""
+    verdict: str
+    """`better`, `worse`; `higher`, `lower` of metrics that are neither; `open` where the interval
+    holds 0; `same` where no example differs."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        found = self.paired.figures()
+        for name in ("above", "p_value"):
+            del found[name]
+        return {
+            "metric": self.metric, "model": self.model, "base": self.base, **found,
+            "p_value": self.p_value, "verdict": self.verdict,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """All models by one suite."""
+
+    suite: str
+    values: Mapping[str, Sequence[Value | None]]
+    """By metric, of every model; None where it has no such metric."""
+    differences: Sequence[Difference]
+    """Against the first model that has this suite."""
+    unpaired: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """{metric, model, base, why}: metrics that both have and that do not compare."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {
+            "values": {
+                metric: [value and value.to_json() for value in values]
+                for metric, values in self.values.items()
+            },
+            "differences": [one.to_json() for one in self.differences],
+            "unpaired": [dict(one) for one in self.unpaired],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side."""
+
+    models: Sequence[Model]
+    suites: Sequence[SuiteTable]
+    warnings: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {
+            "models": [
+                {"name": m.name, "evaluations": {n: str(p) for n, p in m.evaluations.items()}}
+                for m in self.models
+            ],
+            "confidence": 0.95,
+            "suites": {table.suite: table.to_json() for table in self.suites},
+            "warnings": list(self.warnings),
+        }
+
+
+def compare(
+    names: Sequence[str],
+    suites: Sequence[str] = (),
+    *,
+    mixed: bool = False,
+    verify: bool = True,
+) -> Comparison:
+    """Compare what `names` stand for; see `models_of`.
+
+    Args:
+        suites: the only ones to look at, EVALUATION among them; none: all that two models have.
+        mixed: compare even where settings or data differ, with a warning.
+        verify: check the SHA-256 of what is read.
+
+    Raises:
+        InputError: a name stands for nothing, no suite is common to two models, or they were
+            evaluated in different ways.
+        CorruptError: an evaluation is damaged.
+    """
+    models = models_of(names)
+    found = [name for model in models for name in model.evaluations]
+    common = [name for name in dict.fromkeys(found) if found.count(name) > 1]
+    unknown = [name for name in suites if name not in common]
+    if unknown or not common:
+        having = "; ".join(f"{m.name}: {', '.join(m.evaluations) or 'none'}" for m in models)
+        what = f"--suite {unknown[0]} is not" if unknown else "no evaluation is"
+        raise InputError(f"{what} common to two of them ({having})")
+    warnings: list[str] = []
+    tables = [
+        _table(name, models, warnings, mixed=mixed, verify=verify)
+        for name in common
+        if not suites or name in suites
+    ]
+    for text in warnings:
+        _log.warning("%s", text)
+    return Comparison(models, tables, warnings)
+
+
+def models_of(names: Sequence[str]) -> list[Model]:
+    """Return the models that names stand for.
+
+    An evaluation stands for itself; a player, RUN:N, or the folder of an iteration, for that
+    iteration's evaluations; RUN:start for the first opponent's; a run for its champion's, or where
+    it is the only name for those of the start and all iterations.
+
+    Raises:
+        InputError: a name stands for no evaluation, or there is one model only.
+        CorruptError: a pointer or manifest is damaged.
+    """
+    models = _whole_run(names[0]) if len(names) == 1 else [_model(name) for name in names]
+    for model in models:
+        if not model.evaluations:
+            raise InputError(f"{model.name} has no evaluation; run spin evaluate first")
+    return models
+
+
+def _whole_run(name: str) -> list[Model]:
+    subject = _find(name)
+    if subject is None or subject.kind != "run" or subject.layout is None:
+        raise InputError(f"{name} is one model; name two or more, or a run for all its iterations")
+    layout = subject.layout
+    numbers = [None, *layout.iterations()]
+    models = [_of_iteration(f"{name}:{_numbered(number)}", layout, number) for number in numbers]
+    found = [model for model in models if model.evaluations]
+    if len(found) < 2:
+        raise InputError(f"{name} has {len(found)} evaluated models; a comparison needs two")
+    return found
+
+
+def _numbered(iteration: int | None) -> str:
+    return START[1:] if iteration is None else str(iteration)
+
+
+def _find(name: str) -> Subject | None:
+    """Return what a name means; None for the start of a run."""
+    run = name.removesuffix(START)
+    return None if run != name and RunLayout(Path(run)).record.is_file() else find_subject(name)
+
+
+def _model(name: str) -> Model:
+    subject = _find(name)
+    if subject is None:
+        return _of_iteration(name, RunLayout(Path(name.removesuffix(START))), None)
+    if subject.artifact is not None:
+        return _of_artifact(name, subject.artifact, subject.layout)
+    layout = subject.layout
+    assert layout is not None, "runs and iterations have a layout"
+    if subject.iteration is not None:
+        return _of_iteration(name, layout, subject.iteration)
+    pointer = read_pointer(layout.champion)
+    if pointer is None:
+        raise InputError(
+            f"{name} has no champion yet; name an iteration ({name}:0), or {name}{START}"
+        )
+    return _of_iteration(name, layout, layout.iteration_of(pointer.path))
+
+
+def _of_artifact(name: str, path: Path, layout: RunLayout | None) -> Model:
+    manifest = open_artifact(path).manifest
+    if manifest.stage == EVALUATION:
+        return Model(name, {EVALUATION: path})
+    if manifest.stage == "suite":
+        return Model(name, {str(manifest.config["suite"]): path})
+    if manifest.stage not in ("train", "sft") or layout is None:
+        raise InputError(
+            f"{name} is the output of {manifest.stage!r} and no evaluation; name one, or a player "
+            "of a run"
+        )
+    return _of_iteration(name, layout, layout.iteration_of(layout.relative(path)))
+
+
+def _of_iteration(name: str, layout: RunLayout, iteration: int | None) -> Model:
+    """Return the evaluations of a player; None: of the first opponent."""
+    main = layout.start_evaluation if iteration is None else layout.stage(iteration, EVALUATION)
+    places = {EVALUATION: main}
+    prefix = layout.suite(iteration, "").name
+    for path in sorted(main.parent.glob(f"{prefix}*")):
+        places[path.name.removeprefix(prefix)] = path
+    return Model(name, {n: p for n, p in places.items() if (p / MANIFEST_NAME).is_file()})
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    artifact: Artifact
+    metrics: Mapping[str, float | None]
+    intervals: Mapping[str, Sequence[float | None]]
+    columns: Mapping[str, Column]
+
+    def value(self, metric: str) -> Value | None:
+        if metric not in self.metrics:
+            return None
+        low, high = self.intervals.get(metric, (None, None))
+        column = self.columns.get(metric)
+        return Value(self.metrics[metric], low, high, len(column.values) if column else None)
+
+
+def _open(path: Path, verify: bool) -> _Evaluation:
+    artifact = open_artifact(path, stages=(EVALUATION, "suite"), verify=verify)
+    if not any(file.path == METRICS_FILE for file in artifact.manifest.files):
+        raise InputError(
+            f"{path} was written by an earlier version of spin, without measures; evaluate again"
+        )
+    columns = read_measures(artifact)
+    metrics = read_object(artifact, METRICS_FILE)
+    ordered = {name: metrics[name] for name in [*columns, *metrics] if name in metrics}
+    return _Evaluation(artifact, ordered, read_object(artifact, INTERVALS_FILE), columns)
+
+
+def _table(
+    suite: str, models: Sequence[Model], warnings: list[str], *, mixed: bool, verify: bool
+) -> SuiteTable:
+    opened = {
+        index: _open(model.evaluations[suite], verify)
+        for index, model in enumerate(models)
+        if suite in model.evaluations
+    }
+    metrics = list(dict.fromkeys(name for one in opened.values() for name in one.metrics))
+    values = {
+        name: [opened[i].value(name) if i in opened else None for i in range(len(models))]
+        for name in metrics
+    }
+    base, *others = opened
+    differences: list[Difference] = []
+    unpaired: list[dict[str, Any]] = []
+    for index in others:
+        names = f"{models[base].name} and {models[index].name}"
+        _check_alike(suite, names, opened[base], opened[index], warnings, mixed=mixed)
+        same_rival = _same_rival(opened[base].artifact, opened[index].artifact)
+        for metric in opened[index].columns:
+            if metric not in opened[base].columns:
+                continue
+            why = _why_unpaired(metric, same_rival=same_rival)
+            found = None if why else _difference(metric, index, base, opened)
+            if found is not None:
+                differences.append(found)
+            else:
+                why = why or "no example is in both"
+                unpaired.append({"metric": metric, "model": index, "base": base, "why": why})
+        _warn_of_unmatched(suite, names, [d for d in differences if d.model == index], warnings)
+    return SuiteTable(suite, values, differences, unpaired)
+
+
+def _difference(
+    metric: str, model: int, base: int, opened: Mapping[int, _Evaluation]
+) -> Difference | None:
+    mine, theirs = opened[model].columns[metric], opened[base].columns[metric]
+    found, reverse = compare_columns(mine, theirs), compare_columns(theirs, mine)
+    if found is None or reverse is None:
+        return None
+    p_value = min(1.0, 2 * min(found.p_value, reverse.p_value))
+    return Difference(metric, model, base, found, p_value, verdict(metric, found))
+
+
+def verdict(metric: str, found: Paired) -> str:
+    """Return what a difference means; see `Difference.verdict`."""
+    if found.wins == found.losses == 0:
+        return "same"
+    if found.low <= 0 <= found.high:
+        return "open"
+    rises = found.low > 0
+    if _OF_THE_GAME.search(metric) is None:
+        if _BETTER_HIGHER.search(metric):
+            return "better" if rises else "worse"
+        if _BETTER_LOWER.search(metric):
+            return "worse" if rises else "better"
+    return "higher" if rises else "lower"
+
+
+def _same_rival(one: Artifact, other: Artifact) -> bool:
+    """Tell whether both were compared with the same model, if with any."""
+    rivals = [
+        [ref and ref.key for ref in map(a.manifest.inputs.get, ("opponent", "against"))]
+        for a in (one, other)
+    ]
+    return rivals[0] == rivals[1]
+
+
+def _why_unpaired(metric: str, *, same_rival: bool) -> str | None:
+    if not same_rival and _OF_BOTH_SIDES.search(metric):
+        return "each was compared with another model"
+    return None
+
+
+def _check_alike(
+    suite: str,
+    names: str,
+    base: _Evaluation,
+    other: _Evaluation,
+    warnings: list[str],
+    *,
+    mixed: bool,
+) -> None:
+    """Check that two models were evaluated in one way.
+
+    Raises:
+        InputError: they were not, and `mixed` is off.
+    """
+    differing = _ways(base.artifact.manifest, other.artifact.manifest)
+    what = f"{suite}: {names} were evaluated in different ways ({'; '.join(differing[:6])})"
+    if differing and not mixed:
+        raise InputError(f"{what}; evaluate them alike, or add --mixed to compare all the same")
+    if differing:
+        warnings.append(what)
+    prints = [one.artifact.manifest.fingerprints for one in (base, other)]
+    if prints[0].get("tokenizer") != prints[1].get("tokenizer"):
+        warnings.append(
+            f"{suite}: {names} have different tokenizers; numbers of tokens, and log-probabilities "
+            "a token, do not compare"
+        )
+
+
+def _ways(base: Manifest, other: Manifest) -> list[str]:
+    """Return how the ways of two evaluations differ: settings, data, who judged."""
+    ways = [_way(base), _way(other)]
+    names = sorted(ways[0].keys() | ways[1].keys())
+    found = []
+    for name in names:
+        values = [way.get(name, "absent") for way in ways]
+        # The start has no opponent, and so no use for it.
+        if values[0] != values[1] and not (name == "beta" and None in values):
+            found.append(f"{name}: {_short(values[0])} and {_short(values[1])}")
+    return found
+
+
+def _way(manifest: Manifest) -> dict[str, Any]:
+    judges = {name: manifest.info.get(name) for name in ("judge", "reference")}
+    inputs = {name: ref.key for name, ref in manifest.inputs.items() if name not in _OWN_INPUTS}
+    return {
+        "format_version": manifest.format_version,
+        **flat(manifest.config),
+        **{name: value for name, value in judges.items() if value is not None},
+        **inputs,
+    }
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def _warn_of_unmatched(
+    suite: str, names: str, differences: Sequence[Difference], warnings: list[str]
+) -> None:
+    missing = max((one.paired.unmatched for one in differences), default=0)
+    if missing:
+        warnings.append(
+            f"{suite}: up to {missing} examples are of one of {names} only, and left out of "
+            "differences"
+        )
