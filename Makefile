@@ -13,6 +13,7 @@ SEED ?= 0
 ENGINE ?= transformers
 CONTROL ?=
 GSM8K ?=
+RUN ?= runs/demo
 JOBS ?= logical
 ARGS ?=
 
@@ -51,7 +52,7 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 	@cp $(addprefix runs/demo-base/model/,$(MODEL_FILES)) configs/demo-base/
 
 ##@ Check it
-.PHONY: test test-long check bench bench-gpu browser
+.PHONY: test test-long check bench bench-gpu browser screenshots
 test: .venv/.dev .venv/s3 .venv/lm-eval ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
@@ -72,6 +73,9 @@ browser: ## Debian's Chromium, where there is none: the report is tested in it
 		apt-get update -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1 >&2 && DEBIAN_FRONTEND=noninteractive \
 			apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >&2; } || \
 	{ echo "no Chromium found, and none could be installed: as root, apt-get install chromium" >&2; exit 1; }
+
+screenshots: .venv/.dev browser $(if $(filter runs/demo,$(RUN)),demo) ## pictures of the demo's report for the README; RUN=runs/other
+	@$(BIN)/python -m scripts.screenshots $(RUN)
 
 bench: .venv/.dev ## every script in bench/; BENCHES=bench/NAME.py picks one
 	@for script in $(BENCHES); do echo "== $$script" >&2; $(BIN)/python $$script; done

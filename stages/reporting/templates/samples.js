@@ -66,9 +66,9 @@
   // Label, and the number that a sample is sorted by; offered where any sample has one.
   const SORTS = [
     ["margin", "Margin", (s) => s.margin, "highest", "lowest"],
-    ["reward", "Player's reward", (s) => s.playerReward, "highest", "lowest"],
-    ["gain", "Gain over the opponent", (s) => s.gain, "highest", "lowest"],
-    ["length", "Player's length", (s) => s.playerTokens, "longest", "shortest"],
+    ["reward", "Reward", (s) => s.playerReward, "highest", "lowest"],
+    ["gain", "Gain", (s) => s.gain, "highest", "lowest"],
+    ["length", "Length", (s) => s.playerTokens, "longest", "shortest"],
     ["human", "Human length", (s) => s.humanTokens, "longest", "shortest"],
   ];
 
@@ -76,11 +76,11 @@
   const isWrong = (s) => s.playerReward === 0;
   const VERSUS = [
     ["any", "All", () => true],
-    ["won", "Won: higher reward", (s) => s.gain > 0],
-    ["lost", "Lost: lower reward", (s) => s.gain < 0],
-    ["tied", "Tied: equal reward", (s) => s.gain === 0],
-    ["told", "Told apart: margin above 0", (s) => s.margin > 0],
-    ["fooled", "Fooled: margin below 0", (s) => s.margin !== null && s.margin < 0],
+    ["won", "Won", (s) => s.gain > 0],
+    ["lost", "Lost", (s) => s.gain < 0],
+    ["tied", "Tied", (s) => s.gain === 0],
+    ["told", "Margin above 0", (s) => s.margin > 0],
+    ["fooled", "Margin below 0", (s) => s.margin !== null && s.margin < 0],
     ["same", "Same answer", (s) => equal(s.player, s.opponent)],
   ];
   const ONLY = [
@@ -88,8 +88,8 @@
     ["right", "Right", isRight],
     ["wrong", "Wrong", isWrong],
     ["cut", "Cut off", (s) => s.playerFinish === "length"],
-    ["identical", "Same as the human one", (s) => equal(s.player, s.human)],
-    ["different", "Other than the human one", (s) => !equal(s.player, s.human)],
+    ["identical", "Same as human", (s) => equal(s.player, s.human)],
+    ["different", "Other than human", (s) => !equal(s.player, s.human)],
     ["empty", "Empty", (s) => !textOf(s.player).trim()],
   ];
 
@@ -350,6 +350,7 @@
       const facts = factsOf(sample, "greedy");
       texts.append(textBlock("greedy", "Player, greedy", facts, sample.greedy, human, view));
     }
+    texts.classList.add(`of-${texts.children.length - 1}`);
     node.append(head, texts);
     node.tabIndex = -1;
     node.dataset.place = String(place);
@@ -457,7 +458,7 @@
 
     // Offer what this evaluation can be sorted and filtered by.
     offer() {
-      const sorts = [["prompt", "Order of the prompts"]];
+      const sorts = [["prompt", "Order of prompts"]];
       for (const [key, label, value, high, low] of SORTS) {
         if (!this.samples.some((s) => value(s) !== null)) continue;
         sorts.push([`${key}-high`, `${label}, ${high} first`], [`${key}-low`, `${label}, ${low} first`]);
