@@ -77,7 +77,7 @@ def run(work: SuiteWork, suite: LmEvalSuiteConfig) -> Manifest:
                 results, samples = library.ask(_job(work, suite, whole), space.scratch)
             return _write(space, suite, results, samples)
 
-        return produce(work.out, plan, fill)
+        return produce(work.out, plan, fill, reuse=True)
 
 
 def _tasks(suite: LmEvalSuiteConfig, model: ModelSource) -> dict[str, Any]:
