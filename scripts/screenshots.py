@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from scripts.chromium import REMEDY, find_chromium, open_chromium
+from scripts.chromium import REMEDY, find_chromium, open_chromium, open_report
 from stages.report import write_report
 
 LARGEST_BYTES = 300_000
@@ -70,8 +70,7 @@ def taken(browser: Browser, report: Path, picture: Picture) -> bytes:
         device_scale_factor=2,
         reduced_motion="reduce",
     )
-    page.goto(report.absolute().as_uri())
-    page.wait_for_function("performance.getEntriesByName('samples-ready').length")
+    open_report(page, report.absolute().as_uri())
     picture.prepare(page)
     data = page.screenshot()
     page.close()

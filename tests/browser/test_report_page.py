@@ -15,7 +15,7 @@ pytest.importorskip("playwright", reason="needs playwright: pip install -e '.[de
 from playwright.sync_api import Browser, Page, expect
 from typer.testing import CliRunner
 
-from scripts.chromium import REMEDY, find_chromium, open_chromium
+from scripts.chromium import REMEDY, find_chromium, open_chromium, open_report, wait_until
 from spin_cli.app import app
 from stages.layout import RunLayout
 from stages.report import write_report
@@ -110,8 +110,7 @@ def opened(chromium: Browser) -> Iterator[Any]:
         page.on("pageerror", lambda error: it.console.append(str(error)))
         page.on("request", lambda request: it.requests.append(request.url))
         page.on("dialog", lambda dialog: (it.dialogs.append(dialog.message), dialog.dismiss()))
-        page.goto(path.as_uri() + at)
-        page.wait_for_function("performance.getEntriesByName('samples-ready').length")
+        open_report(page, path.as_uri() + at)
         all_opened.append(it)
         return it
 
@@ -242,7 +241,7 @@ def test_the_checks_find_what_is_wrong(opened: Any, true_report: Path) -> None:
                  "aria-labelledby names no element: nowhere"):  # fmt: skip
         assert part in wrong
     it.page.evaluate("fetch('http://192.0.2.1/').catch(() => 0)")
-    it.page.wait_for_function("window.__violations.length")
+    wait_until(it.page, "window.__violations.length > 0")
     assert it.offences(), "a request that the policy stops is an offence"
     it.page.evaluate("window.__violations = []")
     it.console.clear()
@@ -377,11 +376,11 @@ def test_a_link_opens_its_sample_on_whatever_page_it_is(
     it.page.fill("#samples-search", "no such text")
     expect(it.page.locator("#samples-status")).to_contain_text("0 of 60")
     it.page.evaluate(f"location.hash = '#sample/1/{samples[2].prompt_id}'")
-    it.page.wait_for_function("document.activeElement.dataset.place === '2'")
+    wait_until(it.page, "document.activeElement.dataset.place === '2'")
     assert it.page.locator("#samples-search").input_value() == "", "what hid it is gone"
     link = it.page.locator("article a").nth(4)
     link.click()
-    it.page.wait_for_function("document.activeElement.dataset.place === '4'")
+    wait_until(it.page, "document.activeElement.dataset.place === '4'")
     assert it.page.url.endswith(f"#sample/1/{samples[4].prompt_id}")
 
 
