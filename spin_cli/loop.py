@@ -74,6 +74,8 @@ def carry_on(
             manifest = execute(step, checked, open_engine)
             if step.out == layout.start_evaluation:
                 _check_gate(recipe, manifest, iterations)
+            if step.iteration is None and step.stage == "evaluate":
+                _check_conditions(recipe, step, iterations)
             if until_converged and step.stage == "promote" and step.iteration is not None:
                 reason = converged(layout, recipe, step.iteration)
                 if reason is not None:
@@ -114,7 +116,9 @@ def _folded() -> Iterator[None]:
 
 def _tell_adapted(layout: RunLayout, recipe: Recipe, iteration: int) -> None:
     for name, value in adapted(layout, recipe, iteration).items():
-        log.info("iteration %d: %s=%.4g, by adapt", iteration, name, value)
+        is_led = recipe.for_iteration(iteration).adapt.target_kl is not None
+        by = "adapt" if is_led else "promote.retry"
+        log.info("iteration %d: %s=%.4g, by %s", iteration, name, value, by)
 
 
 def _check_gate(recipe: Recipe, start: Manifest, iterations: int) -> None:
@@ -131,6 +135,18 @@ def _check_gate(recipe: Recipe, start: Manifest, iterations: int) -> None:
                 f"promote.metric={metric}: evaluations of this run have no such metric; they have "
                 f"{', '.join(sorted(start.metrics))}, and heldout_… against an opponent"
             )
+
+
+def _check_conditions(recipe: Recipe, start: Step, iterations: int) -> None:
+    """Check that gates can be judged by what the start's evaluation, or that of a suite, has.
+
+    Raises:
+        ConfigError: one of them asks for what is not measured.
+    """
+    from stages.evidence import check_gate
+
+    for iteration in [t for t in recipe.turning_points() if t < iterations]:
+        check_gate(recipe.for_iteration(iteration), start.options.get("suite"), start.out)
 
 
 def check_stop(recipe: Recipe) -> None:
@@ -192,12 +208,13 @@ def commands(
             yield line
             continue
         assert step.iteration is not None, "an iteration's player is promoted"
-        stops = recipe.for_iteration(step.iteration).promote.on_refusal == "stop"
-        yield line if stops and not until_converged else f"{line} || test $? = 6"
+        policy = recipe.for_iteration(step.iteration).promote.on_refusal
+        yield line if policy == "stop" and not until_converged else f"{line} || test $? = 6"
         if until_converged:
             words = ["spin", "converged", str(layout.root), "--iteration", str(step.iteration)]
             yield f'reason="$({shlex.join(words)})"'
             yield 'if [ -n "$reason" ]; then exit 0; fi'
+        if until_converged or policy == "retry":
             yield f"{_ask(layout, step.iteration + 1)} > /dev/null"
 
 
@@ -272,11 +289,14 @@ def _lines(
 
 
 def _measured_settings(layout: RunLayout, recipe: Recipe, iteration: int | None) -> list[str]:
-    """Return the words for a shell that set what follows measurement; see adaptation.py."""
-    if not iteration or recipe.for_iteration(iteration).adapt.target_kl is None:
+    """Return the words for a shell that set what was found before; see adaptation.py."""
+    if not iteration:
+        return []
+    is_retried = recipe.for_iteration(iteration - 1).promote.on_refusal == "retry"
+    if recipe.for_iteration(iteration).adapt.target_kl is None and not is_retried:
         return []
     words = shlex.join(["spin", "adapted", str(layout.root), "--iteration", str(iteration)])
-    return [ShellText(f'"$({words})"')]
+    return [ShellText(f"$({words})")]  # unquoted: it prints no setting, one, or two
 
 
 def _artifacts(step: Step, layout: RunLayout, recipe: Recipe) -> list[str]:
@@ -448,7 +468,7 @@ def _expected(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     """Return the opponent of an iteration if all goes well, as a question where it may not."""
     if iteration == 0:
         return opponent_of(layout, recipe, iteration)
-    if recipe.for_iteration(iteration - 1).promote.on_refusal != "champion":
+    if recipe.for_iteration(iteration - 1).promote.on_refusal not in ("champion", "retry"):
         return player(layout, iteration - 1)
     ask = _ask(layout, iteration)
     return Opponent(

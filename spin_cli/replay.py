@@ -18,7 +18,7 @@ from stages.reproduce import Agreement, compare, recorded, replayed
 from stages.run_record import read_recipe, start_or_resume
 
 if TYPE_CHECKING:
-    from stages.promote import PromoteInputs
+    from stages.evidence import PromoteInputs
 
 log = logging.getLogger("spin")
 
@@ -84,6 +84,11 @@ def step_of(node: Node, original: Lineage, layout: RunLayout, recipe: Recipe) ->
             options[name] = str(layout.root / ref.path)
         elif name in _MODELS:
             options |= _outside(name, recipe.for_iteration())
+        elif name == "judged":
+            raise InputError(
+                f"{node.path} rests on what an outside judge found ({ref.path}), which spin cannot "
+                "ask again; reproduce the answers that were judged instead"
+            )
     part = manifest.config.get("part")
     if part is not None:
         options["part"] = f"{part['member']}/{part['members']}"
@@ -126,13 +131,9 @@ def _make(
 
 def _promote_inputs(manifest: Manifest, layout: RunLayout) -> "PromoteInputs":
     """Return what a decision rested on; whom the pointer says now is not asked."""
-    from stages.promote import PromoteInputs
+    from stages.evidence import recorded_evidence
 
-    before = manifest.inputs.get("champion_evaluation")
-    return PromoteInputs(
-        evaluation=layout.root / manifest.inputs["evaluation"].path,
-        champion_evaluation=layout.root / before.path if before else None,
-    )
+    return recorded_evidence(layout, manifest)
 
 
 def _outside(name: str, config: RunConfig) -> dict[str, str]:

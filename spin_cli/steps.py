@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages import tracking
 from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.config import RunConfig, TaskSuiteConfig, suite_of
-from stages.decisions import champion_evaluation
 from stages.errors import ConfigError
 from stages.layout import RunLayout
 
 if TYPE_CHECKING:
     from stages.engines import OpenEngine
-    from stages.promote import PromoteInputs
+    from stages.evidence import PromoteInputs
 
 MAX_FIGURES = 8
 FIGURES = {
@@ -30,6 +30,9 @@ FIGURES = {
     "evaluate": (
         "sampled_accuracy", "greedy_accuracy", "heldout_reward_accuracy", "heldout_kl",
         "sampled_mean_tokens", "sampled_cut_off_share", "human_logprob_per_token", "prompts",
+    ),
+    "suite": (
+        "accuracy", "greedy_accuracy", "win_rate", "length_controlled_win_rate", "score",
     ),
 }  # fmt: skip
 """What is told first of each stage, where it has more figures than fit a line."""
@@ -92,13 +95,15 @@ def execute(step: Step, config: RunConfig, open_engine: "OpenEngine | None" = No
     Args:
         open_engine: opens the engines of generate and evaluate; None: one for each.
     """
+    tracking.check(config.tracking)
     _use_threads(config.threads)
     was_there = (step.out / MANIFEST_NAME).is_file()
     start = time.monotonic()
     manifest = _call(step, config, open_engine)
     if not was_there:
         seconds = time.monotonic() - start
-        log.info("%s: %.1f s%s", step.title(), seconds, _figures(step.stage, manifest))
+        log.info("%s: %.1f s%s", step.title(), seconds, _figures(manifest))
+    tracking.summarize(config, step.out, manifest)
     return manifest
 
 
@@ -127,7 +132,7 @@ def _call(step: Step, config: RunConfig, open_engine: "OpenEngine | None") -> Ma
         case "promote":
             from stages import promote
 
-            return promote.run(config, _promote_inputs(step), out)
+            return promote.run(config, _promote_inputs(step, config), out)
         case _:
             return _call_of_iteration(step, config, open_engine)
 
@@ -229,15 +234,11 @@ def _of_suite(config: RunConfig, name: str | None) -> RunConfig:
     return config.model_copy(update={"prepare": data})
 
 
-def _promote_inputs(step: Step) -> "PromoteInputs":
-    from stages.promote import PromoteInputs
+def _promote_inputs(step: Step, config: RunConfig) -> "PromoteInputs":
+    from stages.evidence import find_evidence
 
     assert step.iteration is not None, "an iteration's player is promoted"
-    layout = RunLayout(step.out.parents[2])
-    return PromoteInputs(
-        evaluation=layout.stage(step.iteration, "evaluate"),
-        champion_evaluation=champion_evaluation(layout, step.iteration),
-    )
+    return find_evidence(RunLayout(step.out.parents[2]), config.promote, step.iteration)
 
 
 def _paths(step: Step, name: str) -> tuple[Path, ...]:
@@ -271,11 +272,11 @@ def _use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _figures(stage: str, manifest: Manifest) -> str:
+def _figures(manifest: Manifest) -> str:
     """Return a stage's key figures, then its other metrics and counts, as many as fit a line."""
     happened = [(n, v) for n, v in manifest.counts.items() if v or not n.startswith("dropped_")]
     figures = {**manifest.metrics, **dict(happened)}
-    first = [name for name in FIGURES.get(stage, ()) if name in figures]
+    first = [name for name in FIGURES.get(manifest.stage, ()) if name in figures]
     ordered = {name: figures[name] for name in [*first, *figures]}
     shown = [f"{name} {_figure(value)}" for name, value in ordered.items() if value is not None]
     return "".join(f", {text}" for text in shown[:MAX_FIGURES])

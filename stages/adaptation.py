@@ -1,12 +1,13 @@
-"""Settings that follow a measurement: β or the learning rate is led to a divergence."""
+"""Settings that follow what was found: a divergence leads β or a rate, refusals lower the rate."""
 
 import math
 from typing import Any
 
-from stages.artifacts import open_artifact
+from stages.artifacts import open_artifact, read_manifest
 from stages.artifacts.json_file import read_object
+from stages.artifacts.manifest import MANIFEST_NAME
 from stages.config import AdaptConfig, RunConfig
-from stages.decisions import METRICS
+from stages.decisions import METRICS, refusals_before
 from stages.errors import ConfigError
 from stages.layout import RunLayout
 from stages.recipe import Recipe
@@ -14,17 +15,49 @@ from stages.recipe import Recipe
 MEASURED = "heldout_kl"
 STDERRS = 2.0
 """Standard errors that a measurement may be off."""
+RATE = "train.learning_rate"
 
 
 def adapted(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, float]:
-    """Return the setting that measurements changed for an iteration, by its dotted name.
+    """Return the settings that were changed for an iteration, by their dotted names.
 
-    What evaluate found in each iteration before multiplies the recipe's value once more, within
-    its bounds; so it can be told again at any time, and stands in the manifest of train.
+    `adapt` leads one to a divergence; after refusals, `promote.retry` lowers the learning rate.
 
     Raises:
         ConfigError: an evaluation has no divergence to go by.
-        InputError: an iteration before is not evaluated yet.
+        InputError: an iteration before is not evaluated, or decided, yet.
+    """
+    changed = _led(layout, recipe, iteration)
+    plain = changed.get(RATE, _value(recipe.for_iteration(iteration), RATE))
+    rate = _retried(layout, recipe, iteration, plain)
+    return changed if rate == plain else changed | {RATE: rate}
+
+
+def _retried(layout: RunLayout, recipe: Recipe, iteration: int, plain: float) -> float:
+    """Return the learning rate that is left of one after refusals.
+
+    A player that is trained already keeps its own: what comes after refusals may be amended later.
+    """
+    if not iteration:
+        return plain
+    promote = recipe.for_iteration(iteration - 1).promote
+    trained = layout.stage(iteration, "train")
+    is_done = (trained / MANIFEST_NAME).is_file()
+    if promote.on_refusal != "retry" and not is_done:
+        return plain
+    lowered = plain * promote.retry.factor ** refusals_before(layout, iteration)
+    if is_done:
+        rate = read_manifest(trained).config.get("train", {}).get("learning_rate")
+        if rate in (plain, lowered):
+            return float(rate)
+    return lowered if promote.on_refusal == "retry" else plain
+
+
+def _led(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, float]:
+    """Return the setting that `adapt` leads to a divergence.
+
+    What evaluate found in each iteration before multiplies the recipe's value once more, within
+    its bounds; so it can be told again at any time, and stands in the manifest of train.
     """
     config = recipe.for_iteration(iteration)
     if config.adapt.target_kl is None or iteration == 0:
@@ -42,7 +75,7 @@ def adapted(layout: RunLayout, recipe: Recipe, iteration: int) -> dict[str, floa
 
 
 def at_iteration(layout: RunLayout, recipe: Recipe, iteration: int | None) -> Recipe:
-    """Return the recipe with what measurements changed for an iteration; None changes nothing."""
+    """Return the recipe with what was changed for an iteration; None changes nothing."""
     changed = {} if iteration is None else adapted(layout, recipe, iteration)
     return recipe.with_overrides([f"{name}={value!r}" for name, value in changed.items()])
 

@@ -1,6 +1,6 @@
 """Who plays whom: what was decided in a run, read from its decisions and its pointer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ class Decision:
     """One sentence a condition."""
     alarms: list[dict[str, Any]] = field(default_factory=list)
     """Those that fired: {name, stage, value, threshold, action, text}."""
+    verdict: dict[str, Any] | None = None
+    """Every condition with its figures, a tree: {kind, passed, text, figures, children}."""
+    gain: dict[str, Any] | None = None
+    """`metric` against the champion's on the same examples, with its 95% interval; see
+    `data.paired.Paired`. None where the two cannot be compared example by example."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,38 @@ def champion_evaluation(layout: RunLayout, iteration: int) -> Path | None:
     return evaluation
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a model's evaluation is, and its suites' evaluations."""
+
+    evaluation: Path
+    suites: Mapping[str, Path]
+
+
+def measured_at(layout: RunLayout, evaluation: Path, suites: Iterable[str]) -> Places:
+    """Return where a model was measured whose evaluation in the run is known."""
+    number = layout.iteration_of(layout.relative(evaluation))
+    return Places(evaluation, {name: layout.suite(number, name) for name in suites})
+
+
+def rival_evaluation(layout: RunLayout, rival: str, iteration: int) -> Path:
+    """Return the evaluation of whom an iteration's player is compared with.
+
+    Args:
+        rival: champion (the start, while there is none), opponent or start.
+
+    Raises:
+        InputError: the champion was never evaluated.
+    """
+    start = layout.start_evaluation
+    if rival == "champion":
+        return champion_evaluation(layout, iteration) or start
+    played = _recorded_opponent(layout, iteration) if rival == "opponent" else None
+    if played is None or not played.inside_run:
+        return start
+    return Path(_at(layout, played.path).evaluation)
+
+
 def first_opponent(layout: RunLayout, config: RunConfig) -> Opponent:
     """Return the opponent of iteration 0: what sft makes, or the recipe's model itself.
 
@@ -121,7 +158,8 @@ def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     yet, since the process was killed before, as promoted.
 
     Raises:
-        GateRefusedError: the player before was refused, and the recipe stops there.
+        GateRefusedError: the player before was refused, and the recipe stops there, or has retried
+            as often as it may.
         InputError: the iteration before is not decided yet.
         ConfigError: the recipe names no model to start from.
     """
@@ -132,7 +170,8 @@ def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     if recorded is not None:
         return _at(layout, recorded.path) if recorded.inside_run else first
     before = iteration - 1
-    policy = recipe.for_iteration(before).promote.on_refusal
+    promote = recipe.for_iteration(before).promote
+    policy = promote.on_refusal
     out = layout.stage(before, "promote")
     if not (out / MANIFEST_NAME).is_file():
         raise InputError(
@@ -143,12 +182,36 @@ def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
     last = player(layout, before)
     if policy == "player" or (decision.promoted and not _is_rolled_back(layout, before)):
         return last
-    if policy == "stop":
+    retries = refusals_before(layout, before) if policy == "retry" else None
+    if policy == "stop" or (retries is not None and retries >= promote.retry.times):
         undone = "it was promoted, and rolled back since"
         why = undone if decision.promoted else "; ".join(decision.reasons)
-        raise _refusal(layout, before, why)
+        raise _refusal(layout, before, why, retries)
     champion = _champion_before(layout, iteration)
     return first if champion is None else _at(layout, champion.path)
+
+
+def refusals_before(layout: RunLayout, iteration: int) -> int:
+    """Return how many players in a row were refused, and not played on from, before an iteration.
+
+    Once an iteration has an artifact, its opponent tells, whatever the pointer does.
+
+    Raises:
+        InputError: an iteration before is not decided yet.
+    """
+    refusals = 0
+    for before in range(iteration - 1, -1, -1):
+        last = layout.stage(before, "train")
+        played = _recorded_opponent(layout, before + 1)
+        if played is not None:
+            is_refused = not played.inside_run or played.path != layout.relative(last)
+        else:
+            decision = read_decision(layout.stage(before, "promote"))
+            is_refused = not decision.promoted or _is_rolled_back(layout, before)
+        if not is_refused:
+            break
+        refusals += 1
+    return refusals
 
 
 def optimizer_of(layout: RunLayout, recipe: Recipe, opponent: Opponent) -> str | None:
@@ -241,8 +304,10 @@ def _at(layout: RunLayout, relative: str) -> Opponent:
     return Opponent(str(layout.root / relative), None, str(evaluation))
 
 
-def _refusal(layout: RunLayout, iteration: int, why: str) -> GateRefusedError:
+def _refusal(layout: RunLayout, iteration: int, why: str, retries: int | None) -> GateRefusedError:
+    again = "1 retry" if retries == 1 else f"{retries} retries"
+    times = f", after {again} with a lower learning rate" if retries else ""
     return GateRefusedError(
-        f"{layout.root}: iteration {iteration} was not promoted: {why}; to play on all the same, "
-        "run again with promote.on_refusal=champion (or player) --amend"
+        f"{layout.root}: iteration {iteration} was not promoted{times}: {why}; to play on all the "
+        "same, run again with promote.on_refusal=champion (or player) --amend"
     )

@@ -2,9 +2,8 @@
 
 import datetime
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from stages.artifacts import (
     Outcome,
     Plan,
     Workspace,
-    open_artifact,
     produce,
     read_manifest,
     run_root,
@@ -26,31 +24,40 @@ from stages.artifacts.json_file import read_object, write_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, PointerEntry, move_pointer, read_pointer, roll_back
 from stages.config import PromoteConfig, RunConfig
+from stages.data.paired import compare
 from stages.decisions import DECISION, METRICS, Decision, read_decision
 from stages.errors import ConfigError, InputError
+from stages.evidence import (
+    Opened,
+    PromoteInputs,
+    check_alike,
+    differences,
+    measured,
+    open_evidence,
+)
+from stages.gates import (
+    OF_COMPARISON,
+    ROUNDING,
+    Figures,
+    Verdict,
+    alarms_clear,
+    both,
+    judge,
+    number,
+    reaches,
+    sentences,
+    shown,
+)
 from stages.layout import RunLayout
+
+__all__ = ["PromoteInputs", "decide", "rollback", "run"]
 
 log = logging.getLogger("spin")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MADE_FROM = {"train": "pairs", "score": "pairs", "pair": "generations"}
 """Stage → how the names of those inputs begin that lead back to where its rows were made."""
 _ROUNDING = 1e-9  # 0.3 - 0.2 < 0.1 in binary, and a gate means decimal numbers
-_MEASURE = ("evaluate", "chat", "reward")
-"""Settings that decide what an evaluation's metrics mean."""
-_MEASURED_BY = ("data", "reward_model")
-"""Likewise inputs."""
-
-
-@dataclass(frozen=True)
-class PromoteInputs:
-    """What a decision rests on."""
-
-    evaluation: Path
-    """Of the player."""
-    champion_evaluation: Path | None
-    """Of the champion, or of the start while there is no champion; see
-    `decisions.champion_evaluation`."""
 
 
 def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
@@ -63,9 +70,9 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
     by their manifests' inputs, which the evaluation's key vouches for.
 
     Raises:
-        ConfigError: the gate's metric is not among evaluate's, or `out` is in no run.
-        InputError: the evaluation is not one of a model in this run, or something on the way to
-            it was made anew since.
+        ConfigError: the gate asks for a metric that is not there, or `out` is in no run.
+        InputError: the evaluation is not one of a model in this run, something on the way to it was
+            made anew since, or those compared were not measured alike.
     """
     root = run_root(out)
     if root is None:
@@ -73,41 +80,24 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
             f"{out} lies in no run directory, so there is no champion to promote; "
             "start one: spin init RUN --config RECIPE"
         )
-    evaluation = open_artifact(inputs.evaluation, stages=("evaluate",), verify=config.verify)
-    player = _player(evaluation, root)
-    champion = None
-    if inputs.champion_evaluation is not None:
-        champion = open_artifact(
-            inputs.champion_evaluation, stages=("evaluate",), verify=config.verify
-        )
     gate = config.promote
-    refs = {"evaluation": evaluation.input_ref(root)}
-    if champion is not None:
-        refs["champion_evaluation"] = champion.input_ref(root)
+    opened = open_evidence(gate, inputs, verify=config.verify)
+    player = _player(opened.evaluation, root)
     plan = Plan(
         stage="promote",
         format_version=FORMAT_VERSION,
-        # on_refusal steers the run, not the decision: changing it later keeps what was decided, and
-        # so does changing an alarm, or no threshold could be amended once an iteration is decided
-        config={"promote": gate.model_dump(mode="json", exclude={"on_refusal"})},
-        inputs=refs,
+        # what steers the run is no part of the decision: changing it later keeps what was decided,
+        # and so does changing an alarm, or no threshold could be amended once one is decided
+        config={"promote": gate.model_dump(mode="json", exclude={"on_refusal", "retry"})},
+        inputs=opened.refs(root),
     )
 
     def fill(workspace: Workspace) -> Outcome:
-        manifests = [evaluation.manifest, *_way_to(player, root)]
-        if champion is not None and gate.min_gain is not None:
-            _check_same_measure(evaluation, champion)
-        decision = decide(
-            gate,
-            read_object(evaluation, METRICS),
-            read_object(champion, METRICS) if champion is not None else None,
-            str(inputs.evaluation),
-            [
-                alarm
-                for each in manifests
-                for alarm in fired(each.stage, each.metrics, config.alarms)
-            ],
-        )
+        manifests = [opened.evaluation.manifest, *_way_to(player, root)]
+        alarms = [
+            alarm for each in manifests for alarm in fired(each.stage, each.metrics, config.alarms)
+        ]
+        decision = _decide(gate, opened, str(inputs.evaluation), alarms)
         write_object(workspace.file(DECISION), asdict(decision))
         return Outcome(
             counts={},
@@ -120,12 +110,46 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
     return manifest
 
 
+def _decide(
+    gate: PromoteConfig, opened: Opened, where: str, alarms: Sequence[FiredAlarm]
+) -> Decision:
+    champion = opened.champion
+    if champion is not None and gate.min_gain is not None:
+        check_alike(opened.evaluation, champion)
+    decision = decide(
+        gate,
+        read_object(opened.evaluation, METRICS),
+        read_object(champion, METRICS) if champion is not None else None,
+        where,
+        alarms,
+        judge(gate.gate, opened.evidence(alarms)) if gate.gate is not None else None,
+    )
+    return replace(decision, gain=_gain(gate.metric, opened))
+
+
+def _gain(metric: str, opened: Opened) -> dict[str, Any] | None:
+    """Return the gain of a metric on the champion, where both were measured alike on examples."""
+    champion = opened.champion
+    if champion is None or metric.startswith(OF_COMPARISON):
+        return None
+    if differences(opened.evaluation, champion):
+        return None
+    mine, theirs = measured(opened.evaluation), measured(champion)
+    if metric not in mine.columns or metric not in theirs.columns:
+        return None
+    found = compare(mine.columns[metric], theirs.columns[metric])
+    if found is None or number(found.gain) is None:
+        return None
+    return {"metric": metric, "rival": theirs.where, **found.figures()}
+
+
 def decide(
     gate: PromoteConfig,
     metrics: Mapping[str, Any],
     champion_metrics: Mapping[str, Any] | None,
     where: str,
     alarms: Sequence[FiredAlarm] = (),
+    verdict: Verdict | None = None,
 ) -> Decision:
     """Return what a gate says to a player's metrics, and to the alarms that fired.
 
@@ -134,36 +158,56 @@ def decide(
         where: the evaluation, to be named in errors.
         alarms: one whose action is refuse refuses, whatever the metric says; stop, too: the stage
             was finished under another setting.
+        verdict: on `gate.gate`.
 
     Raises:
         ConfigError: the player has no such metric, or it is no number.
     """
     value = _metric(gate.metric, metrics, where)
-    champion_value = _number((champion_metrics or {}).get(gate.metric))
-    verdicts = [(value is not None, f"{gate.metric} is {_shown(value)}")]
-    if value is not None and gate.min_value is not None:
-        good = value >= gate.min_value
-        verdicts.append((good, f"which {_reaches(good)} min_value {gate.min_value:g}"))
+    champion_value = number((champion_metrics or {}).get(gate.metric))
+    conditions = [alarms_clear(alarms, any_counts=False), _reaches_value(gate, value)]
     if value is not None and gate.min_gain is not None:
-        if champion_value is None:
-            verdicts.append((True, "there is no champion's value to compare with"))
-        else:
-            gain = value - champion_value
-            good = gain >= gate.min_gain - _ROUNDING
-            what = f"the gain of {gain:g} on the champion's {champion_value:g}"
-            verdicts.append((good, f"{what} {_reaches(good)} min_gain {gate.min_gain:g}"))
-    refusals = [(False, f"alarm {each.name}: {each.text}") for each in alarms if each.refuses]
-    verdicts = [*refusals, *verdicts]
+        conditions.append(_reaches_gain(gate.metric, gate.min_gain, value, champion_value))
+    if verdict is not None:
+        conditions.append(verdict)
+    whole = both(conditions)
+    is_alarmed = not conditions[0].passed
     return Decision(
-        promoted=all(good for good, _ in verdicts),
+        promoted=whole.passed,
         metric=gate.metric,
         value=value,
         champion_value=champion_value,
         min_value=gate.min_value,
         min_gain=gate.min_gain,
-        reasons=[text for _, text in verdicts],
+        # that no alarm fired goes without saying
+        reasons=sentences(whole if is_alarmed else both(conditions[1:])),
         alarms=[asdict(alarm) for alarm in alarms],
+        verdict=whole.as_dict(),
     )
+
+
+def _reaches_value(gate: PromoteConfig, value: float | None) -> Verdict:
+    text, passed = f"{gate.metric} is {shown(value)}", value is not None
+    if value is not None and gate.min_value is not None:
+        passed = value >= gate.min_value
+        text += f", which {reaches(passed)} min_value {gate.min_value:g}"
+    figures: Figures = {"metric": gate.metric, "value": value, "min_value": gate.min_value}
+    return Verdict("min_value", passed, text, figures)
+
+
+def _reaches_gain(
+    metric: str, min_gain: float, value: float, champion_value: float | None
+) -> Verdict:
+    figures: Figures = {"metric": metric, "value": value, "rival_value": champion_value}
+    figures |= {"min_gain": min_gain, "gain": None}
+    if champion_value is None:
+        text = "there is no champion's value to compare with"
+        return Verdict("min_gain", True, text, figures)
+    gain = value - champion_value
+    passed = gain >= min_gain - ROUNDING
+    what = f"the gain of {gain:g} on the champion's {champion_value:g}"
+    text = f"{what} {reaches(passed)} min_gain {min_gain:g}"
+    return Verdict("min_gain", passed, text, figures | {"gain": gain})
 
 
 def rollback(layout: RunLayout) -> tuple[str, Pointer]:
@@ -176,27 +220,6 @@ def rollback(layout: RunLayout) -> tuple[str, Pointer]:
     now = roll_back(layout.champion)
     assert before is not None, "a roll-back needs a pointer"
     return before.path, now
-
-
-def _check_same_measure(evaluation: Artifact, champion: Artifact) -> None:
-    """Check that the player and the champion were asked and scored alike.
-
-    Raises:
-        InputError: they were not, so their difference would be no gain.
-    """
-    mine, theirs = evaluation.manifest, champion.manifest
-    differing = [n for n in _MEASURE if mine.config.get(n) != theirs.config.get(n)]
-    keys = [
-        {name: (ref.key, ref.content) for name, ref in each.inputs.items() if name in _MEASURED_BY}
-        for each in (mine, theirs)
-    ]
-    differing += [name for name in _MEASURED_BY if keys[0].get(name) != keys[1].get(name)]
-    if differing:
-        raise InputError(
-            f"{champion.path} was made with another {' and '.join(differing)} than "
-            f"{evaluation.path}, so there is no gain to tell; evaluate the champion in the same "
-            "way, or set promote.min_gain=null"
-        )
 
 
 def _player(evaluation: Artifact, root: Path) -> InputRef:
@@ -268,17 +291,4 @@ def _metric(name: str, metrics: Mapping[str, Any], where: str) -> float | None:
         raise ConfigError(
             f"promote.metric={name}: {where} gives {value!r}, which is no number; name another"
         )
-    return _number(value)
-
-
-def _number(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if usable and math.isfinite(value) else None
-
-
-def _shown(value: float | None) -> str:
-    return "not a finite number" if value is None else f"{value:g}"
-
-
-def _reaches(good: bool) -> str:
-    return "reaches" if good else "is below"
+    return number(value)

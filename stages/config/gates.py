@@ -4,10 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from stages.config.fields import Count, NonNegative, Section
+from stages.config.fields import Count, NonNegative, Positive, Section
 
 Rival = Literal["champion", "opponent", "start"]
-Confidence = Annotated[float, Field(gt=0.5, lt=1)]
+Confidence = Annotated[float, Field(gt=0.5, le=0.999)]
+"""The p values of a bootstrap end at 0.0005."""
 
 
 class BetterConfig(Section):
@@ -28,7 +29,7 @@ class NotWorseConfig(Section):
     """The player is not worse than a rival by more than a margin, with a stated confidence."""
 
     metric: str
-    margin: NonNegative
+    margin: Positive
     """In the metric's own unit: 0.01 is one point of an accuracy."""
     confidence: Confidence = 0.95
     against: Rival = "champion"
@@ -94,7 +95,7 @@ class RetryConfig(Section):
     """After a refusal with `on_refusal: retry`: play again from the champion, more carefully."""
 
     times: Count = 2
-    """Refusals in a row after which the run stops."""
+    """How often in a row; the refusal after that stops the run."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """What train.learning_rate is multiplied by, once for each refusal in a row."""
 

@@ -12,6 +12,7 @@ from stages.data.statistics import (
     mean,
     score_interval,
     score_p_value,
+    share_bound,
     studentized,
 )
 
@@ -92,6 +93,13 @@ def compare(
         ties=len(differences) - wins - losses,
         unmatched=matched.unmatched,
     )
+
+
+def lower_bound(column: Column, confidence: float = 0.95) -> float:
+    """Return the one-sided lower bound of a column's mean: mid-p binomial, or the bootstrap's."""
+    if _are_right_or_wrong(column, column):
+        return share_bound(int(column.values.sum()), len(column.values), confidence)
+    return studentized(_parts(column)).interval(2 * confidence - 1)[0]
 
 
 @dataclass(frozen=True)

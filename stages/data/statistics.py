@@ -83,6 +83,20 @@ def mcnemar(wins: int, losses: int) -> float:
     return float(shares.sum() - shares[0] / 2)
 
 
+def share_bound(successes: int, trials: int, confidence: float = 0.95) -> float:
+    """Return the one-sided lower bound of a share: its mid-p value there is 1 - confidence."""
+    count = np.arange(successes, trials + 1)
+    logs = _log_factorials(trials)
+    ways = logs[-1] - logs[count] - logs[trials - count]
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        share = (low + high) / 2
+        chances = np.exp(ways + count * np.log(share) + (trials - count) * np.log1p(-share))
+        is_below = chances.sum() - chances[0] / 2 < 1 - confidence
+        low, high = (share, high) if is_below else (low, share)
+    return low
+
+
 def score_p_value(wins: int, losses: int, examples: int, gain: float) -> float:
     """Return the one-sided p value of "the difference of two paired shares is at most `gain`".
 

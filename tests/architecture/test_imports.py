@@ -16,8 +16,8 @@ STAGES = {
 }  # fmt: skip
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
-    "layout", "decisions", "progress", "journal", "answers", "data", "objective", "model",
-    "engines", "rewards", "remote", "alarms",
+    "layout", "decisions", "progress", "journal", "tracking", "answers", "data", "objective", "model",
+    "engines", "rewards", "remote", "alarms", "gates", "evidence",
 }  # fmt: skip
 OF_A_RUN = {"layout", "run_record", "decisions", "recipe"}
 # Room → the rooms it may import from. A room is a module or package right below stages/.
@@ -35,7 +35,8 @@ ALLOWED = {
     "model": BASE | {"data", "objective"},
     "engines": BASE | {"data", "objective", "model"},
     "rewards": BASE | {"data", "objective", "model", "engines"},
-    "journal": BASE | {"data", "model", "progress"},
+    "tracking": BASE | {"layout"},
+    "journal": BASE | {"data", "model", "progress", "tracking"},
     "answers": BASE | {"data", "engines", "progress"},
     "suites": BASE | {"data", "model", "engines", "rewards", "progress"},
     **dict.fromkeys(STAGES, BELOW_STAGES),
@@ -45,6 +46,8 @@ ALLOWED = {
     "reporting": BASE | OF_A_RUN | {"alarms", "convergence", "data", "lineage", "status"},
     "run_record": BASE | {"layout", "recipe"},
     "decisions": BASE | {"layout", "recipe", "run_record"},
+    "gates": BASE | {"alarms", "data"},
+    "evidence": BASE | {"alarms", "data", "decisions", "gates", "layout"},
     "adaptation": BASE | {"decisions", "layout", "recipe"},
     "convergence": BASE | {"decisions", "layout", "recipe"},
     "status": BASE | OF_A_RUN | {"convergence", "data"},
@@ -68,6 +71,7 @@ ALLOWED = {
         "convergence",
         "difference",
         "engines",
+        "evidence",
         "export",
         "hub",
         "lineage",
@@ -78,6 +82,7 @@ ALLOWED = {
         "show",
         "status",
         "subjects",
+        "tracking",
         "transfer",
         "verify",
     },

@@ -278,6 +278,67 @@ class TestRefusals:
             json.loads(spin("status", "a", "--json").stdout)["champion"] == "iterations/002/train"
         )
 
+    @pytest.mark.parametrize(
+        ("policy", "accuracies", "opponents", "rates", "code"),
+        [
+            ("stop", [0.7, 0.7], ["sft", "000"], [1.0, 1.0], 6),
+            ("champion", [0.7, 0.7, 0.7, 0.8], ["sft", "000", "000", "000"], [1.0] * 4, 0),
+            ("player", [0.7, 0.7, 0.7, 0.8], ["sft", "000", "001", "002"], [1.0] * 4, 0),
+            # twice at lower rates, then no more
+            ("retry", [0.7, 0.7, 0.7, 0.7], ["sft", "000", "000", "000"], [1, 1, 0.5, 0.25], 6),
+            # a player that is promoted puts an end to it: the next one learns at the full rate
+            (
+                "retry",
+                [0.7, 0.7, 0.8, 0.9, 0.9],
+                ["sft", "000", "000", "002", "003"],
+                [1, 1, 0.5, 1, 1],
+                0,
+            ),
+            # before there is a champion, the start is played again
+            ("retry", [0.6, 0.7], ["sft", "sft"], [1, 0.5], 0),
+        ],
+    )
+    def test_what_comes_after_a_refusal(
+        self,
+        policy: str,
+        accuracies: list[float],
+        opponents: list[str],
+        rates: list[float],
+        code: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        for iteration, accuracy in enumerate(accuracies):
+            place = f"iterations/{iteration:03d}/train"
+            monkeypatch.setitem(fake_stages.accuracy_by_model, place, accuracy)
+        words = [f"promote.on_refusal={policy}", "train.learning_rate=0.01"]
+        total = len(accuracies) + (code == 6)
+        run(*words, iterations=total, expect=code)
+        trained = [read_manifest(p) for p in sorted(Path("a/iterations").glob("*/train"))]
+        models = [manifest.inputs["model"].path for manifest in trained]
+        wanted = [f"iterations/{o}/train" if o != "sft" else "models/sft" for o in opponents]
+        assert models == wanted, "and the refused players are kept"
+        learned = [manifest.config["train"]["learning_rate"] for manifest in trained]
+        assert learned == pytest.approx([0.01 * rate for rate in rates])
+        done = content("a")
+        run(*words, iterations=total, expect=code)
+        assert content("a") == done
+
+    def test_retries_at_an_end_say_so_and_can_be_played_on_from(self) -> None:
+        fake_stages.accuracy_by_model.update({f"iterations/{t:03d}/train": 0.7 for t in range(4)})
+        once = "promote.retry={times: 1, factor: 0.1}"
+        said = run("promote.on_refusal=retry", once, iterations=4, expect=6).stderr
+        assert "iteration 2 was not promoted, after 1 retry with a lower learning rate:" in said
+        assert "iteration 2: train.learning_rate=" in said
+        assert ", by promote.retry" in said
+        assert spin("adapted", "a", "--iteration", "2").stdout.startswith("train.learning_rate=")
+        run("--amend", "promote.on_refusal=champion", once, iterations=4)
+        trained = [read_manifest(Path(f"a/iterations/{t:03d}/train")) for t in range(4)]
+        rates = [manifest.config["train"]["learning_rate"] for manifest in trained]
+        assert rates == pytest.approx([rates[0], rates[0], rates[0] / 10, rates[0]])
+        assert trained[3].inputs["model"].path == "iterations/000/train"
+        for t in range(4):
+            del fake_stages.accuracy_by_model[f"iterations/{t:03d}/train"]
+
     def test_amending_the_policy_plays_on_later(self) -> None:
         run(iterations=3, expect=6)
         run("--amend", "promote.on_refusal=champion", iterations=3)
@@ -326,7 +387,8 @@ class TestByOtherMeans:
         )
 
     @pytest.mark.parametrize(
-        ("policy", "code"), [("stop", 6), pytest.param("champion", 0, marks=pytest.mark.long)]
+        ("policy", "code"),
+        [("stop", 6), ("retry", 0), pytest.param("champion", 0, marks=pytest.mark.long)],
     )
     def test_a_shell_does_the_same_after_a_refusal(
         self,

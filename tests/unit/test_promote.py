@@ -14,7 +14,8 @@ from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import InputRef
 from stages.artifacts.pointer import read_pointer
 from stages.config import PromoteConfig
-from stages.decisions import champion_evaluation, opponent_of, read_decision
+from stages.decisions import opponent_of, read_decision
+from stages.evidence import find_evidence
 from stages.errors import ConfigError, CorruptError, GateRefusedError, InputError
 from stages.layout import RunLayout
 from stages.recipe import Recipe, load_recipe
@@ -61,9 +62,7 @@ def play(layout: RunLayout, iteration: int, accuracy: float | None) -> None:
 
 
 def decide(layout: RunLayout, recipe: Recipe, iteration: int) -> bool:
-    inputs = promote.PromoteInputs(
-        layout.stage(iteration, "evaluate"), champion_evaluation(layout, iteration)
-    )
+    inputs = find_evidence(layout, recipe.for_iteration(iteration).promote, iteration)
     out = layout.stage(iteration, "promote")
     promote.run(recipe.for_iteration(iteration), inputs, out)
     return read_decision(out).promoted
