@@ -12,6 +12,7 @@ from stages.artifacts import TableWriter
 from stages.artifacts.tables import Row
 from stages.data.timings import TimingsWriter
 from stages.progress import progress
+from stages.tracking import Tracked, open_tracking
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
     from stages.model.fit import Step
@@ -45,6 +46,7 @@ def open_journal(
     total_steps: int,
     row: Callable[["Step"], Row],
     remark: Callable[["Step"], str],
+    run: Tracked | None = None,
 ) -> Iterator[Journal]:
     """Yield a journal that only on rank 0 is written down, and shown as progress.
 
@@ -52,6 +54,7 @@ def open_journal(
         folder: where metrics.parquet and timings.parquet are written.
         row: makes a row of `schema`, for metrics.parquet.
         remark: is shown of the last step.
+        run: what experiment trackers call it, who are told of each step.
     """
     if rank > 0:
         yield Journal(total_steps)
@@ -60,11 +63,14 @@ def open_journal(
         TableWriter(folder / "metrics.parquet", schema) as table,
         TimingsWriter(folder / "timings.parquet") as timings,
         progress(stage, total=total_steps, unit="steps") as bar,
+        open_tracking(run, stage) as tell,
     ):
 
         def write(step: "Step") -> None:
-            table.append(row(step))
+            values = row(step)
+            table.append(values)
             timings.add(step.step, step.seconds, step.tokens)
+            tell(step.step, {**values, "tokens_per_s": step.tokens / max(step.seconds, 1e-9)})
             if step.is_new:
                 bar.note(remark(step))
                 bar.advance(1, step.tokens)

@@ -46,6 +46,11 @@ class RunLayout:
         """The one pointer of the run."""
         return self.root / "champion"
 
+    @property
+    def tracking(self) -> Path:
+        """What experiment trackers wrote; no artifact."""
+        return self.root / "tracking"
+
     def stage(self, iteration: int, stage: str) -> Path:
         """Return the artifact of one stage of one iteration."""
         assert stage in ITERATION_STAGES, stage

@@ -28,6 +28,7 @@ from stages.errors import ConfigError, InputError
 from stages.journal import open_journal
 from stages.model.group import Group, Resources, led, open_group, resources, together
 from stages.model.source import ModelSource, resolve_model
+from stages.tracking import Tracked, tracked
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
     from stages.model.fit import Step
@@ -82,7 +83,10 @@ def _lead(config: RunConfig, sft: SftConfig, inputs: SftInputs, out: Path) -> Ma
         inputs=refs,
         fingerprints=chat_fingerprints(base.path if base else None, config.chat),
     )
-    return produce(out, plan, lambda space: _fill(space, config, sft, data, base), resumable=True)
+    run = tracked(config, out, plan.attempt_key, ("seed", "sft"))
+    return produce(
+        out, plan, lambda space: _fill(space, config, sft, data, base, run), resumable=True
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class _Job:
     config: SftConfig
     seed: int
     chat: ChatConfig
+    tracked: Tracked | None
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,12 @@ class _Report:
 
 
 def _fill(
-    space: Workspace, config: RunConfig, sft: SftConfig, data: Artifact, base: ModelSource | None
+    space: Workspace,
+    config: RunConfig,
+    sft: SftConfig,
+    data: Artifact,
+    base: ModelSource | None,
+    run: Tracked | None,
 ) -> Outcome:
     base_dir = base.verified() if base else None
     tokenizer_dir = base_dir or _train_tokenizer(space.path, sft.architecture, data)
@@ -130,7 +140,7 @@ def _fill(
             f"{data.path} leaves no row to train on ({too_long} longer than sft.max_length="
             f"{sft.max_length}, {refused} refused); raise sft.max_length or mend the data"
         )
-    job = _Job(space, scratch, base_dir, tokenizer_dir, sft, config.seed, config.chat)
+    job = _Job(space, scratch, base_dir, tokenizer_dir, sft, config.seed, config.chat, run)
     report = together(_work, job, sft)
     scratch.unlink()
     return Outcome(
@@ -172,7 +182,7 @@ def _train(job: _Job, group: Group, student: "Learner") -> float:
     """Take all steps, rank 0 writing down each; return the loss over the last tenth."""
     folder, total = job.space.path, student.total_steps
     with open_journal(
-        group.rank, folder, "sft", SFT_METRICS, total, _metrics_row, _remark
+        group.rank, folder, "sft", SFT_METRICS, total, _metrics_row, _remark, job.tracked
     ) as journal:
         student.train(journal.add, job.space.shards)
     return journal.tail_mean(lambda step: step.loss)

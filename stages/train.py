@@ -29,6 +29,7 @@ from stages.journal import open_journal
 from stages.model.base import Base
 from stages.model.group import Group, Resources, led, open_group, resources, together
 from stages.model.source import OPTIMIZER_FOLDER, ModelSource, resolve_model
+from stages.tracking import Tracked, tracked
 
 if TYPE_CHECKING:  # torch is loaded only when there is something to train
     from stages.model.carried import Carried
@@ -101,7 +102,8 @@ def _lead(config: RunConfig, inputs: TrainInputs, out: Path) -> Manifest:
         fingerprints=chat_fingerprints(model.path, config.chat),
     )
     found = _Found(pairs, model, base, before)
-    return produce(out, plan, lambda space: _fill(space, config, found, plan), resumable=True)
+    run = tracked(config, out, plan.attempt_key)
+    return produce(out, plan, lambda space: _fill(space, config, found, plan, run), resumable=True)
 
 
 def _base_of_own_adapter(model: ModelSource, name: str) -> ModelSource:
@@ -168,6 +170,7 @@ class _Job:
     optimizer_dir: Path | None
     """The optimizer state to go on with; None: anew."""
     alarms: AlarmsConfig
+    tracked: Tracked | None
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,9 @@ class _Report:
     used: Resources
 
 
-def _fill(space: Workspace, config: RunConfig, found: _Found, plan: Plan) -> Outcome:
+def _fill(
+    space: Workspace, config: RunConfig, found: _Found, plan: Plan, run: Tracked | None
+) -> Outcome:
     if config.train.lora is not None:
         from stages.model.adapters import require_peft
 
@@ -216,6 +221,7 @@ def _fill(space: Workspace, config: RunConfig, found: _Found, plan: Plan) -> Out
         found.base,
         _verified_state(found),
         config.alarms,
+        run,
     )
     report = together(_work, job, config.train)
     scratch.unlink()
@@ -336,7 +342,7 @@ def _train(
     folder, total = job.space.path, player.total_steps
     keep_state = folder / OPTIMIZER_FOLDER if job.config.carry_optimizer else None
     with open_journal(
-        group.rank, folder, "train", TRAIN_METRICS, total, _metrics_row, _remark
+        group.rank, folder, "train", TRAIN_METRICS, total, _metrics_row, _remark, job.tracked
     ) as journal:
         has_moved = [False]
 

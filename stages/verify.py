@@ -75,11 +75,15 @@ def verify(place: Path, *, threads: int | None = None) -> Report:
 def _artifact_folders(root: Path, report: Report) -> Iterator[Path]:
     """Yield every artifact below a run; folders with files of no artifact are problems.
 
-    Hidden files and folders are locks and unfinished attempts, which are no artifacts yet.
+    Hidden files and folders are locks and unfinished attempts, which are no artifacts yet; what
+    experiment trackers wrote is none of ours.
     """
     for name, folder_names, file_names in os.walk(root):
         folder = Path(name)
         folder_names[:] = sorted(n for n in folder_names if not n.startswith("."))
+        if folder == RunLayout(root).tracking:
+            folder_names.clear()
+            continue
         if MANIFEST_NAME in file_names:
             folder_names.clear()
             yield folder

@@ -48,6 +48,7 @@ from stages.config.sections import (
     SftConfig,
     ShardingConfig,
     StopConfig,
+    TrackingConfig,
     TrainConfig,
     has_temperature,
 )
@@ -109,6 +110,7 @@ __all__ = [
     "Suite",
     "Suites",
     "TaskSuiteConfig",
+    "TrackingConfig",
     "TrainConfig",
     "WinRateSuiteConfig",
     "has_temperature",
@@ -142,6 +144,7 @@ class RunConfig(Section):
     alarms: AlarmsConfig = AlarmsConfig()
     adapt: AdaptConfig = AdaptConfig()
     stop: StopConfig = StopConfig()
+    tracking: TrackingConfig = place(TrackingConfig())
     suites: Suites = Field(default_factory=dict)
     """Further evaluations, by name."""
 

@@ -772,3 +772,24 @@ class StopConfig(Section):
     """Stop when the metric of `promote` gained less than this in each of `patience` iterations."""
     patience: Count = 2
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
+class TrackingConfig(Section):
+    """Experiment trackers that are told metrics as they arise; see docs/tracking.md.
+
+    Nothing of it enters a key, and no artifact depends on it.
+    """
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = place(())
+    """Those of the extra `trackers`; empty: none."""
+    mode: Literal["offline", "online"] = place("offline")
+    """`offline` writes files here and asks no network; `online` lets W&B, MLflow and Trackio go
+    where their own environment variables point."""
+    project: str | None = place(None)
+    """What runs are filed under; None: the recipe's name."""
+    group: str | None = place(None)
+    """What joins the iterations of a run; None: the name of its directory."""
+    every_steps: Count = place(1)
+    """Optimizer steps between two points of a training curve."""
+    dir: str | None = place(None)
+    """Where they write; None: `tracking` in the run directory."""

@@ -1,0 +1,217 @@
+"""The process of the trackers: reads messages from stdin, one a line, until its end.
+
+The first line is the run (`Tracked`), the others are steps and summaries. On stdout it says, in one
+line, which tracker failed and why; all that libraries write goes to stderr. One that fails is left
+out from then on, the others go on.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FINISH_S = 600
+"""After the last message, for a network that is slow; then the process ends as it is."""
+
+
+def main() -> None:
+    """Do what the messages on stdin say."""
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    problems = _work(json.loads(sys.stdin.readline()))
+    said.write("; ".join(problems))
+    said.close()
+    os._exit(0)  # threads of libraries are left behind, not waited for
+
+
+def _work(run: dict[str, Any]) -> list[str]:
+    state_path = Path(run["state"])
+    state_path.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{state_path}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of an earlier one that was left to itself
+        state = _State(state_path, run["identity"])
+        trackers = _Trackers(run, state)
+        for line in sys.stdin:
+            message = json.loads(line)
+            if "summary" not in message:
+                if message["step"] > state.last_step:
+                    state.keep(last_step=message["step"])
+                    trackers.log(message["values"], message["step"])
+            elif message["of"] not in state.summaries:
+                step = state.last_step + 1
+                state.keep(last_step=step, summaries=[*state.summaries, message["of"]])
+                trackers.log(message["summary"], step)
+        signal.alarm(FINISH_S)
+        trackers.finish()
+    return trackers.problems
+
+
+class _State:
+    """What was told already; written before it is told, so that nothing is told twice."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path = path
+        self._values: dict[str, Any] = {}
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            found = {}
+        if isinstance(found, dict) and found.get("identity") == identity:
+            self._values = found
+        self.is_new = not self._values
+        if self.is_new:
+            self._values = {"identity": identity, "id": secrets.token_hex(8)}
+
+    @property
+    def id(self) -> str:
+        """The run's name to trackers that are given one."""
+        return str(self._values["id"])
+
+    @property
+    def mlflow(self) -> str | None:
+        """The run's name at MLflow, which gives it itself."""
+        return self._values.get("mlflow")
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was told; -1 before any."""
+        return int(self._values.get("last_step", -1))
+
+    @property
+    def summaries(self) -> list[str]:
+        """The artifacts whose summary was told."""
+        return list(self._values.get("summaries", []))
+
+    def keep(self, **values: Any) -> None:
+        """Write down some values."""
+        self._values |= values
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(json.dumps(self._values, sort_keys=True) + "\n")
+        temporary.rename(self._path)
+
+
+class _Trackers:
+    """Accelerate's trackers; each is left out once it has failed."""
+
+    def __init__(self, run: dict[str, Any], state: _State) -> None:
+        from accelerate import PartialState
+
+        PartialState(cpu=True)  # accelerate's trackers log by it; this process is its only rank
+        self.problems: list[str] = []
+        self._trackers: dict[str, Any] = {}
+        for name in run["trackers"]:
+            self._try(name, lambda n=name: self._start(n, run, state))  # type: ignore[misc]
+
+    def _start(self, name: str, run: dict[str, Any], state: _State) -> None:
+        tracker = _MAKERS[name](run, state)
+        tracker.start()
+        self._trackers[name] = tracker
+        if name == "mlflow":
+            state.keep(mlflow=tracker.tracker.info.run_id)
+        if state.is_new and run["settings"]:
+            tracker.store_init_configuration(run["settings"])
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Tell all of some metrics."""
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, lambda t=tracker: t.log(values, step=step))  # type: ignore[misc]
+
+    def finish(self) -> None:
+        """Let all write what they hold."""
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, tracker.finish)
+
+    def _try(self, name: str, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001 whatever a library raises, told to the parent
+            traceback.print_exc()
+            self._trackers.pop(name, None)
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            self.problems.append(f"{name} failed ({type(error).__name__}: {reason})")
+
+
+def _tensorboard(run: dict[str, Any], state: _State) -> Any:
+    from accelerate.tracking import TensorBoardTracker
+
+    folder = Path(run["folder"], "tensorboard", run["group"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return TensorBoardTracker(_label(run, state), folder)
+
+
+def _wandb(run: dict[str, Any], state: _State) -> Any:
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    quiet = wandb.Settings(
+        # Nothing but what it is told: no code, git remote, host, user, command line, packages.
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        save_code=False,
+        console="off",
+        x_disable_machine_info=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_viewer=not run["online"],
+        x_save_requirements=False,
+        silent=True,
+    )
+    return WandBTracker(
+        run["project"],
+        mode="online" if run["online"] else "offline",
+        resume="allow" if run["online"] else None,
+        dir=run["folder"],
+        id=state.id,
+        name=run["name"],
+        group=run["group"],
+        settings=quiet,
+    )
+
+
+def _mlflow(run: dict[str, Any], state: _State) -> Any:
+    from accelerate.tracking import MLflowTracker
+
+    local = None if run["online"] else str(Path(run["folder"], "mlflow-artifacts"))
+    return MLflowTracker(
+        run["project"],
+        logging_dir=local,
+        run_id=state.mlflow,
+        run_name=run["name"],
+        # The first two are MLflow's own, and would be the user's name and the program's path.
+        tags={"mlflow.user": "spin", "mlflow.source.name": "spin", "group": run["group"]},
+    )
+
+
+def _trackio(run: dict[str, Any], state: _State) -> Any:
+    from accelerate.tracking import TrackioTracker
+
+    return TrackioTracker(
+        run["project"],
+        name=_label(run, state),
+        group=run["group"],
+        resume="allow",
+        embed=False,
+        auto_log_gpu=False,
+        auto_log_cpu=False,
+    )
+
+
+def _label(run: dict[str, Any], state: _State) -> str:
+    """Return a name that no other run has, for trackers that tell runs by their names."""
+    return f"{run['name']}-{state.id[:6]}"
+
+
+_MAKERS: dict[str, Callable[[dict[str, Any], _State], Any]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+}
