@@ -165,6 +165,8 @@ def _of_sections(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
     if "engine" in recorded:  # evaluate's, which takes that of generate where it has none
         own = config.evaluate.engine is not None
         was |= _engine_of(own, was["evaluate"], recorded["engine"])
+    if "alarms" in manifest.info:  # promote's: not in its key, and they can refuse
+        was["alarms"] = manifest.info["alarms"]
     if recorded.get("beta") is not None:
         was["train"] = {"beta": recorded["beta"]}
     if "part" in recorded:

@@ -85,7 +85,9 @@ def run_stage(stage: str, config: RunConfig, inputs: Inputs, out: Path) -> Manif
     if inputs.iteration is not None:
         settings["iteration"] = inputs.iteration
     if inputs.part is not None:
-        settings["part"] = list(inputs.part)
+        member, members = inputs.part
+        share = config.generate.pool.share
+        settings["part"] = {"member": member, "members": members, "share": share}
     if inputs.suite is not None:
         settings["suite"] = inputs.suite
     plan = Plan(stage, 1, settings, refs)

@@ -1,0 +1,279 @@
+"""Making a chain again elsewhere: by what was decided then, and what is said of what comes of it.
+
+The stages are fakes where the subject is the chain; the last tests run the true ones.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from spin_cli.app import app
+from stages.artifacts import Manifest, Outcome, Plan, produce, read_manifest
+from stages.artifacts.locks import hold
+from stages.layout import RunLayout
+from stages.reproduce import compare
+from tests import fake_stages
+from tests.tiny_loop import RECIPE as TINY
+from tests.tiny_loop import hashes
+
+RECIPE = """
+name: example
+sft: {init: random}
+promote: {metric: sampled_accuracy, min_gain: 0.05, on_refusal: champion}
+"""
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    with fake_stages.installed():
+        yield
+    for table in (fake_stages.accuracy_by_model, fake_stages.divergence_by_model):
+        table.clear()
+
+
+def spin(*words: str | Path, expect: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words], prog_name="spin")
+    assert result.exit_code == expect, f"{words}: {result.output}"
+    return result
+
+
+def play(*words: str, iterations: int = 3) -> None:
+    spin("run", "recipe.yaml", "--run", "a", "--iterations", str(iterations), *words)
+
+
+def again(artifact: str, *words: str, expect: int = 0) -> dict[str, Any]:
+    result = spin("reproduce", artifact, "--in", "b", "--json", *words, expect=expect)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def verdicts(found: dict[str, Any]) -> dict[str, tuple[bool, bool, str | None]]:
+    return {a["place"]: (a["agrees"], a["same_bytes"], a["other_key"]) for a in found["artifacts"]}
+
+
+SAME = (True, True, None)
+
+
+@pytest.mark.usefixtures("fakes")
+class TestTheChain:
+    def test_only_what_leads_to_the_artifact_is_made(self) -> None:
+        play()
+        found = again("a/iterations/001/train")
+        assert set(verdicts(found).values()) == {SAME}
+        assert found["agrees"]
+        made = hashes(Path("b"))
+        wanted = ["generate", "pair", "score", "train"]
+        assert sorted(made) == sorted(
+            ["data", "models/sft", *(f"iterations/00{t}/{s}" for t in (0, 1) for s in wanted)]
+        )
+        assert made == {name: hashes(Path("a"))[name] for name in made}
+
+    def test_a_second_call_makes_nothing_and_a_further_artifact_only_what_is_missing(self) -> None:
+        play()
+        again("a/iterations/000/train")
+        fake_stages.calls.clear()
+        assert set(verdicts(again("a/iterations/000/train")).values()) == {SAME}
+        assert fake_stages.calls == []
+        again("a/iterations/001/pair")
+        assert fake_stages.calls == ["001/generate", "001/pair"]
+
+    def test_after_a_kill_it_goes_on_where_it_was(self) -> None:
+        play()
+
+        def stop(stage: str, out: Path) -> None:
+            if out.as_posix().endswith("001/score"):
+                raise KeyboardInterrupt
+
+        fake_stages.before_fill.append(stop)
+        try:
+            spin("reproduce", "a", "--in", "b", expect=130)
+        finally:
+            fake_stages.before_fill.remove(stop)
+        fake_stages.calls.clear()
+        assert again("a")["agrees"]
+        assert fake_stages.calls[0] == "001/score"
+
+    def test_the_opponents_are_those_that_were_played_not_those_of_a_new_decision(self) -> None:
+        fake_stages.accuracy_by_model["iterations/001/train"] = 0.1
+        play(iterations=4)
+        spin("promote", "a", "--rollback")
+        opponent = read_manifest(Path("a/iterations/002/train")).inputs["model"].path
+        assert opponent == "iterations/000/train", "the test needs a refusal"
+        assert set(verdicts(again("a/iterations/003/train")).values()) == {SAME}
+        assert read_manifest(Path("b/iterations/002/train")).inputs["model"].path == opponent
+        assert not Path("b/iterations/001").exists()
+
+    def test_a_decision_is_compared_with_whom_it_was_then(self) -> None:
+        fake_stages.accuracy_by_model["iterations/001/train"] = 0.1
+        play()
+        spin("promote", "a", "--rollback")
+        for iteration in (2, 1, 0):
+            found = again(f"a/iterations/00{iteration}/promote")
+            assert set(verdicts(found).values()) == {SAME}, iteration
+
+    def test_settings_that_followed_a_measurement_are_those_that_were_used(self) -> None:
+        fake_stages.divergence_by_model["iterations/000/train"] = 40.0
+        play("adapt.target_kl=2.0", "adapt.highest=0.5")
+        beta = read_manifest(Path("a/iterations/001/train")).config["train"]["beta"]
+        assert beta != 0.1, "the test needs an adaptation"
+        assert set(verdicts(again("a/iterations/001/train")).values()) == {SAME}
+        assert not Path("b/iterations/000/evaluate").exists()
+
+    def test_so_are_those_of_before_an_amendment(self) -> None:
+        play(iterations=1)
+        play("--amend", "train.beta=5.0", iterations=2)
+        assert set(verdicts(again("a/iterations/001/train")).values()) == {SAME}
+        configs = [read_manifest(Path(f"b/iterations/00{t}/train")).config for t in (0, 1)]
+        assert [config["train"]["beta"] for config in configs] == [0.1, 5.0]
+
+    def test_pools_and_replayed_pairs_are_given_again(self) -> None:
+        play("generate.pool.size=1", "pair.replay.iterations=1")
+        assert set(verdicts(again("a/iterations/002/train")).values()) == {SAME}
+        inputs = read_manifest(Path("b/iterations/002/pair")).inputs
+        assert {"generations", "generations_1", "replay_1"} <= inputs.keys()
+
+
+@pytest.mark.usefixtures("fakes")
+class TestWhatIsSaid:
+    def test_another_metric_ends_with_5_and_names_it(self) -> None:
+        play(iterations=1)
+        fake_stages.accuracy_by_model["iterations/000/train"] = 0.2
+        result = spin("reproduce", "a/iterations/000/evaluate", "--in", "b", expect=5)
+        assert "iterations/000/evaluate: DIFFERS: sampled_accuracy 0.7 there, 0.2 here" in (
+            result.stdout
+        )
+        assert "1 of 8 artifacts do not agree" in result.stderr
+        assert "spin diff " in result.stderr
+
+    def test_a_metric_within_the_tolerance_agrees_and_is_told_from_equal_bytes(self) -> None:
+        play(iterations=1)
+        fake_stages.accuracy_by_model["iterations/000/train"] = 0.71
+        found = again("a/iterations/000/evaluate")
+        assert verdicts(found)["iterations/000/evaluate"] == (True, False, None)
+        assert not again("a/iterations/000/evaluate", "--tolerance", "0.001", expect=5)["agrees"]
+        text = spin("reproduce", "a/iterations/000/evaluate", "--in", "b")
+        assert "same metrics, 1 not quite; other bytes in metrics.json" in text.stdout
+        assert "7 of 8 in every byte, the others in metrics within 0.02" in text.stderr
+
+    def test_other_code_is_told_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        play(iterations=1)
+        monkeypatch.setattr("stages.reproduce.library_versions", lambda: {"torch": "9.9"})
+        result = spin("reproduce", "a/data", "--in", "b")
+        lines = result.stderr.splitlines()
+        torch = next(i for i, line in enumerate(lines) if line.endswith("9.9 here"))
+        assert lines[torch].startswith("made by other code than this: torch: ")
+        assert torch < next(i for i, line in enumerate(lines) if "made again in b" in line)
+
+    def test_a_key_that_differs_says_by_what(self) -> None:
+        play(iterations=1)
+        spin("run", "recipe.yaml", "--run", "b", "--iterations", "0")
+        manifest = read_manifest(Path("a/data"))
+        other = read_manifest(Path("b/data")).model_copy(
+            update={"config": {**manifest.config, "seed": 9}, "key": "0"}
+        )
+        assert compare("data", manifest, other).other_key == "seed: 0 there, 9 now"
+
+
+@pytest.mark.usefixtures("fakes")
+class TestRefusals:
+    def test_a_place_in_a_run_or_one_that_is_taken_is_refused(self) -> None:
+        play(iterations=1)
+        spin("reproduce", "a", "--in", "a", expect=2)
+        spin("reproduce", "a", "--in", "a/again", expect=2)
+        Path("taken").mkdir()
+        Path("taken/file").touch()
+        spin("reproduce", "a", "--in", "taken", expect=2)
+        spin("init", "other", "--config", "recipe.yaml", "seed=9")
+        assert "another recipe: seed" in spin("reproduce", "a", "--in", "other", expect=2).stderr
+
+    def test_without_a_place_it_is_beside_the_run(self) -> None:
+        play(iterations=0)
+        spin("reproduce", "a/data")
+        assert Path("a-reproduced/data/manifest.json").is_file()
+
+    def test_an_artifact_of_no_run_has_no_recipe(self) -> None:
+        play(iterations=0)
+        shutil.copytree("a/data", "alone")
+        assert "lies in no run" in spin("reproduce", "alone", "--in", "b", expect=3).stderr
+
+    def test_what_was_made_anew_cannot_be_made_again(self) -> None:
+        play(iterations=1)
+        shutil.rmtree("a/iterations/000/pair")
+        result = spin("reproduce", "a", "--in", "b", expect=3)
+        assert "iterations/000/pair: it is not in the run any more" in result.stderr
+        assert not Path("b").exists()
+
+    def test_two_at_once_are_refused(self) -> None:
+        play(iterations=0)
+        with hold(RunLayout(Path("b")).lock, "run b"):
+            spin("reproduce", "a/data", "--in", "b", expect=75)
+
+    def test_the_start_model_must_be_the_one_that_was_used(self, tiny_model_dir: Path) -> None:
+        shutil.copytree(tiny_model_dir, "start")
+        Path("recipe.yaml").write_text(RECIPE.replace("random", "pretrained"))
+        play("model.path=start", iterations=0)
+        # the fakes give a model from outside a key of its name, which is no hash of it
+        result = spin("reproduce", "a/models/sft", "--in", "b", expect=3)
+        assert "models/sft was made from the model start" in result.stderr
+        assert "put that model back" in result.stderr
+
+
+def manifest_of(folder: Path, stage: str, text: str, **figures: Any) -> Manifest:
+    def fill(workspace: Any) -> Outcome:
+        workspace.file("a.txt").write_text(text)
+        return Outcome(**{"counts": {}, **figures})
+
+    return produce(folder, Plan(stage, 1, {}, {}), fill)
+
+
+class TestTheVerdict:
+    @pytest.mark.parametrize("stage", ["prepare", "pair", "promote"])
+    def test_data_stages_must_agree_in_bytes_where_their_inputs_do(
+        self, tmp_path: Path, stage: str
+    ) -> None:
+        one, other = (manifest_of(tmp_path / text, stage, text) for text in "ab")
+        assert not compare("x", one, other).agrees
+        assert "though its inputs are the same" in compare("x", one, other).text()
+        assert compare("x", one, other, inputs_agree=False).agrees
+
+    @pytest.mark.parametrize(
+        ("figures", "others", "agrees"),
+        [
+            ({"metrics": {"a": 0.5}}, {"metrics": {"a": 0.519}}, True),
+            ({"metrics": {"a": 0.5}}, {"metrics": {"a": 0.521}}, False),
+            ({"metrics": {"a": 100.0}}, {"metrics": {"a": 101.9}}, True),
+            ({"metrics": {"a": 100.0}}, {"metrics": {"a": 103.0}}, False),
+            ({"metrics": {"a": 0.5}}, {"metrics": {}}, False),
+            ({"metrics": {"a": 0.5}}, {"metrics": {"a": None}}, False),
+            ({"metrics": {"a": True}}, {"metrics": {"a": False}}, False),
+            ({"metrics": {"a": "x"}}, {"metrics": {"a": "y"}}, False),
+            # a share of the largest count: 3 of 1,000 rows dropped, or 5
+            ({"counts": {"rows": 1000, "bad": 3}}, {"counts": {"rows": 1000, "bad": 5}}, True),
+            ({"counts": {"rows": 1000, "bad": 3}}, {"counts": {"rows": 1000, "bad": 40}}, False),
+        ],
+    )
+    def test_metrics_decide_for_the_rest(
+        self, tmp_path: Path, figures: Any, others: Any, agrees: bool
+    ) -> None:
+        one = manifest_of(tmp_path / "a", "generate", "a", **figures)
+        other = manifest_of(tmp_path / "b", "generate", "b", **others)
+        assert compare("x", one, other, tolerance=0.02).agrees is agrees
+
+
+def test_the_true_loop_agrees_in_every_byte(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    spin("run", tmp_path / "tiny.yaml", "--run", tmp_path / "a", "--iterations", "2")
+    result = spin("reproduce", f"{tmp_path / 'a'}:1", "--in", tmp_path / "b")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 14
+    assert all(line.endswith(": same bytes") for line in lines), result.stdout
+    assert "all agree: 14 of 14 in every byte" in result.stderr
+    made = hashes(tmp_path / "b")
+    assert made == {name: hashes(tmp_path / "a")[name] for name in made}
