@@ -53,7 +53,7 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 
 ##@ Check it
 .PHONY: test test-long check bench bench-gpu browser screenshots
-test: .venv/.dev .venv/s3 .venv/lm-eval ## all tests but the long ones; ARGS='-k NAME' picks some
+test: .venv/.dev .venv/s3 .venv/lm-eval .venv/trackers ## all tests but the long ones; ARGS='-k NAME' picks some
 	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-long: .venv/.dev .venv/optim8 .venv/ray .venv/lm-eval ## the long tests: kills at every system call, many repetitions
@@ -154,6 +154,12 @@ endef
 # In a place of its own: transformers imports scikit-learn wherever it is, which takes time.
 .venv/lm-eval: constraints/lm-eval.txt | .venv/.dev
 	@echo "installing lm-evaluation-harness for its tests into $@" >&2
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
+	@touch $@
+
+# In a place of its own: the trackers bring half a web server each; see constraints/trackers.txt.
+.venv/trackers: constraints/trackers.txt | .venv/.dev
+	@echo "installing the experiment trackers of the tests into $@" >&2
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
 	@touch $@
 
