@@ -89,7 +89,7 @@ def read_questions(data: bytes, path: Path) -> list[Question]:
         category = exchange.field(row, "category", str, where)
         turns = exchange.field(row, "turns", list, where)
         if len(turns) != TURNS or not all(isinstance(turn, str) and turn for turn in turns):
-            raise InputError(f"{where}: {len(turns)} turns; MT-Bench's questions have {TURNS}")
+            raise InputError(f"{where}: turns is no list of {TURNS} texts; mend the file")
         questions.append(Question(question_id, category, (turns[0], turns[1])))
     if len({str(one.question_id) for one in questions}) < len(questions) or not questions:
         what = "has no question" if not questions else "has a question_id twice"
