@@ -1,0 +1,294 @@
+"""Models side by side: who is compared with whom, by what, and what may not be."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.artifacts import Outcome, Plan, open_artifact, produce
+from stages.artifacts.keys import canonical_json
+from stages.artifacts.pointer import PointerEntry, move_pointer
+from stages.compare import EVALUATION, Comparison, Difference, compare, verdict
+from stages.data.measures import Measure
+from stages.data.paired import Paired
+from stages.errors import InputError
+from stages.layout import RunLayout
+from tests.evaluations import column, make_evaluation, outside, prompt_id
+
+RIGHT = [0.0] * 30 + [1.0] * 70
+"""Seventy of a hundred right."""
+MORE = [0.0] * 15 + [1.0] * 85
+"""Fifteen more, and none fewer."""
+
+
+def evaluation(place: Path, model: str, accuracy: list[float], **settings: Any) -> Path:
+    return make_evaluation(place, model, column("sampled_accuracy", accuracy), **settings)
+
+
+def only(found: Comparison, suite: str = EVALUATION) -> list[Difference]:
+    [table] = [table for table in found.suites if table.suite == suite]
+    return list(table.differences)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunLayout:
+    """A run of two iterations, the second champion, with a suite that the start was not asked."""
+    layout = RunLayout(tmp_path / "run")
+    layout.root.mkdir()
+    layout.record.write_text("{}")
+    models = {None: "base", 0: "zero", 1: "one"}
+    right = {None: RIGHT, 0: RIGHT, 1: MORE}
+    for number, model in models.items():
+        place = layout.start_evaluation if number is None else layout.stage(number, "evaluate")
+        inputs = {} if number is None else {"opponent": outside(f"rival {number}")}
+        measures = column("sampled_accuracy", right[number])
+        if inputs:
+            measures += column("heldout_reward_accuracy", [1.0, 0.0])
+        config = {"seed": 0, "beta": None if number is None else 0.1}
+        make_evaluation(place, model, measures, inputs=inputs, config=config)
+        if number is not None:
+            produce(
+                layout.stage(number, "train"),
+                Plan("train", 1, {"iteration": number}, {}),
+                lambda space: Outcome(counts={}),
+            )
+            make_evaluation(
+                layout.suite(number, "quiz"), model, column("pass@1", right[number]),
+                stage="suite", config={"suite": "quiz"},
+            )  # fmt: skip
+    manifest = open_artifact(layout.stage(1, "train")).manifest
+    move_pointer(
+        layout.champion,
+        PointerEntry(path="iterations/001/train", key=manifest.key, reason="better", at="now",
+                     decision_key="d"),
+    )  # fmt: skip
+    return layout
+
+
+def test_differences_are_paired_by_example(tmp_path: Path) -> None:
+    """Fifteen of 100 examples are won and none lost: paired this is sure, unpaired it is not."""
+    one = evaluation(tmp_path / "one", "a", RIGHT)
+    shuffled = list(reversed(column("sampled_accuracy", MORE)))
+    other = make_evaluation(tmp_path / "other", "b", shuffled)
+    found = compare([str(one), str(other)])
+    [difference] = only(found)
+    paired = difference.paired
+    assert (paired.value, paired.rival_value) == (0.85, 0.70)
+    assert (paired.wins, paired.losses, paired.ties, paired.examples) == (15, 0, 85, 100)
+    assert paired.gain == pytest.approx(0.15)
+    assert paired.low > 0.08
+    assert (paired.method, difference.verdict) == ("mcnemar", "better")
+    assert difference.p_value == pytest.approx(2 * 0.5**15 / 2)  # mid-p, two-sided
+    value, low, high = [
+        [getattr(v, name) for v in found.suites[0].values["sampled_accuracy"]]
+        for name in ("value", "low", "high")
+    ]
+    assert value == [0.70, 0.85]
+    assert high[0] > low[1]  # the models' own intervals overlap all the same
+
+
+def test_turning_the_two_round_turns_the_difference_round(tmp_path: Path) -> None:
+    names = [str(evaluation(tmp_path / name, name, right)) for name, right in
+             (("a", RIGHT), ("b", MORE))]  # fmt: skip
+    [there], [back] = only(compare(names)), only(compare(names[::-1]))
+    assert there.paired.gain == -back.paired.gain
+    assert (there.paired.low, there.paired.high) == pytest.approx(
+        (-back.paired.high, -back.paired.low), abs=1e-6
+    )
+    assert there.p_value == back.p_value
+    assert (there.verdict, back.verdict) == ("better", "worse")
+
+
+def test_a_model_compared_with_itself_is_the_same(tmp_path: Path) -> None:
+    place = str(evaluation(tmp_path / "a", "a", RIGHT))
+    [difference] = only(compare([place, place]))
+    assert (difference.verdict, difference.paired.gain, difference.p_value) == ("same", 0, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_difference_is_found_where_there_is_only_noise(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    hard = rng.normal(0, 5, 200)
+    for name in ("a", "b"):
+        noisy = (hard + rng.normal(0, 1, 200)).tolist()
+        make_evaluation(tmp_path / name, name, column("score", noisy))
+    [difference] = only(compare([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert difference.paired.method == "bootstrap"
+    assert difference.paired.high - difference.paired.low < 0.8  # what is hard is hard for both
+
+
+def paired(low: float, high: float, wins: int = 3) -> Paired:
+    return Paired(
+        value=0, rival_value=0, gain=(low + high) / 2, low=low, high=high, confidence=0.95,
+        p_value=0.5, above=0, method="bootstrap", examples=9, wins=wins, losses=0, ties=9 - wins,
+        unmatched=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "rise", "fall"),
+    [
+        ("sampled_accuracy", "better", "worse"),
+        ("length_controlled_win_rate", "better", "worse"),
+        ("pass@8", "better", "worse"),
+        ("majority@4", "better", "worse"),
+        ("score_turn_2", "better", "worse"),
+        ("arc/acc_norm", "better", "worse"),
+        ("sampled_cut_off_share", "worse", "better"),
+        ("wikitext/word_perplexity", "worse", "better"),
+        ("sampled_mean_tokens", "higher", "lower"),
+        ("heldout_reward_accuracy", "higher", "lower"),
+        ("opponent_accuracy", "higher", "lower"),
+    ],
+)
+def test_what_a_difference_means(metric: str, rise: str, fall: str) -> None:
+    assert verdict(metric, paired(0.1, 0.2)) == rise
+    assert verdict(metric, paired(-0.2, -0.1)) == fall
+    assert verdict(metric, paired(-0.1, 0.2)) == "open"
+    assert verdict(metric, paired(0.0, 0.0, wins=0)) == "same"
+
+
+def names_of(found: Comparison) -> list[str]:
+    return [model.name for model in found.models]
+
+
+def test_a_run_alone_stands_for_all_its_iterations(run: RunLayout) -> None:
+    found = compare([str(run.root)])
+    assert names_of(found) == [f"{run.root}:{n}" for n in ("start", 0, 1)]
+    assert [table.suite for table in found.suites] == ["evaluate", "quiz"]
+    accuracy = [d for d in only(found) if d.metric == "sampled_accuracy"]
+    assert [(d.model, d.base, d.verdict) for d in accuracy] == [(1, 0, "same"), (2, 0, "better")]
+    # The start was not asked the quiz: its base is the first model that was.
+    assert [(d.model, d.base) for d in only(found, "quiz")] == [(2, 1)]
+    quiz = found.suites[1].values["pass@1"]
+    assert [value and value.value for value in quiz] == [None, 0.70, 0.85]
+
+
+def test_a_run_among_others_stands_for_its_champion(run: RunLayout) -> None:
+    found = compare([f"{run.root}:start", str(run.root)])
+    assert found.models[1].evaluations["evaluate"] == run.stage(1, "evaluate")
+    assert only(found)[0].verdict == "better"
+    run.champion.unlink()
+    with pytest.raises(InputError, match="has no champion yet; name an iteration"):
+        compare([f"{run.root}:start", str(run.root)])
+
+
+@pytest.mark.parametrize(
+    "name", ["{}:1", "{}/iterations/001", "{}/iterations/001/train", "{}/champion"]
+)
+def test_a_player_stands_for_the_evaluations_beside_it(run: RunLayout, name: str) -> None:
+    found = compare([f"{run.root}:0", name.format(run.root)])
+    assert found.models[1].evaluations == {
+        "evaluate": run.stage(1, "evaluate"), "quiz": run.suite(1, "quiz"),
+    }  # fmt: skip
+
+
+def test_metrics_against_different_opponents_are_shown_and_not_compared(run: RunLayout) -> None:
+    found = compare([f"{run.root}:0", f"{run.root}:1"], ["evaluate"])
+    [table] = found.suites
+    assert [d.metric for d in table.differences] == ["sampled_accuracy"]
+    assert [one["metric"] for one in table.unpaired] == ["heldout_reward_accuracy"]
+    assert table.unpaired[0]["why"] == "each was compared with another model"
+    assert [value and value.value for value in table.values["heldout_reward_accuracy"]] == [0.5] * 2
+
+
+@pytest.mark.parametrize("against", ["same", "other"])
+def test_win_rates_are_compared_where_the_other_side_is_one(tmp_path: Path, against: str) -> None:
+    for name, rival in (("a", "same"), ("b", against)):
+        make_evaluation(
+            tmp_path / name, name,
+            [*column("win_rate", RIGHT), *column("mean_characters", RIGHT)],
+            stage="suite", config={"suite": "duel"}, inputs={"against": outside(rival)},
+        )  # fmt: skip
+    [table] = compare([str(tmp_path / "a"), str(tmp_path / "b")]).suites
+    compared = ["win_rate", "mean_characters"] if against == "same" else ["mean_characters"]
+    assert [d.metric for d in table.differences] == compared
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": {"seed": 1}}, "seed: 0 and 1"),
+        ({"config": {"seed": 0, "evaluate": {"temperature": 0.5}}}, "evaluate.temperature: absent"),
+        ({"inputs": {"data": outside("other data")}}, "data: data and other data"),
+    ],
+)
+def test_evaluations_in_different_ways_are_refused_by_name_unless_mixed(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    one = str(evaluation(tmp_path / "a", "a", RIGHT))
+    other = str(evaluation(tmp_path / "b", "b", MORE, **change))
+    with pytest.raises(InputError, match=rf"were evaluated in different ways \({named}"):
+        compare([one, other])
+    found = compare([one, other], mixed=True)
+    assert len(only(found)) == 1
+    assert any(named in text for text in found.warnings)
+
+
+def test_another_tokenizer_is_no_obstacle_but_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = str(evaluation(tmp_path / "a", "a", RIGHT, fingerprints={"tokenizer": "x"}))
+    other = str(evaluation(tmp_path / "b", "b", MORE, fingerprints={"tokenizer": "y"}))
+    assert len(only(compare([one, other]))) == 1
+    assert "have different tokenizers" in caplog.text
+
+
+def test_examples_of_one_side_only_are_left_out_and_told(tmp_path: Path) -> None:
+    one = str(evaluation(tmp_path / "a", "a", RIGHT))
+    other = str(make_evaluation(tmp_path / "b", "b", column("sampled_accuracy", MORE, start=40)))
+    found = compare([one, other])
+    assert only(found)[0].paired.examples == 60
+    assert "up to 80 examples are of one of" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "suites", "text"),
+    [
+        (["{run}:0"], [], "is one model; name two or more"),
+        (["{run}:0", "{run}:7"], [], "the run has no iteration 7; it has 0, 1"),
+        (["{run}:0", "{run}/nowhere"], [], "does not exist"),
+        (["{run}:0", "{run}:1"], ["riddle"], r"--suite riddle is not common .*evaluate, quiz"),
+        (["{run}:start", "{run}:1"], ["quiz"], "--suite quiz is not common"),
+        (
+            ["{run}/start/evaluate", "{run}/iterations/000/suite-quiz"],
+            [],
+            "no evaluation is common",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_said(
+    run: RunLayout, names: list[str], suites: list[str], text: str
+) -> None:
+    with pytest.raises(InputError, match=text):
+        compare([name.format(run=run.root) for name in names], suites)
+
+
+def test_an_evaluation_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    one = str(evaluation(tmp_path / "a", "a", RIGHT))
+    produce(tmp_path / "old", Plan("evaluate", 2, {}, {}), lambda space: Outcome(counts={}))
+    with pytest.raises(InputError, match="written by an earlier version of spin"):
+        compare([one, str(tmp_path / "old")])
+
+
+def test_all_of_it_is_json(run: RunLayout) -> None:
+    found = compare([str(run.root)]).to_json()
+    json.dumps(found, allow_nan=False)
+    canonical_json(found)
+    difference = found["suites"]["quiz"]["differences"][0]
+    assert difference["metric"] == "pass@1"
+    assert {"gain", "low", "high", "p_value", "wins", "losses", "examples"} <= difference.keys()
+
+
+def test_weights_hold_in_differences_too(tmp_path: Path) -> None:
+    """MT-Bench's score counts turns: a question with one judged turn weighs half."""
+    for name, gain in (("a", 0.0), ("b", 1.0)):
+        measures = [Measure(prompt_id(i), "score", 5.0 + gain * (i < 5), 1 + i % 2) for i in
+                    range(20)]  # fmt: skip
+        make_evaluation(tmp_path / name, name, measures)
+    [difference] = only(compare([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert difference.paired.gain == pytest.approx(7 / 30)
+    assert math.isfinite(difference.paired.low)
