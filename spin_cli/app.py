@@ -377,8 +377,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Try a model on held-out prompts, or on a suite.
 
-    With an opponent, also compare the two. A suite asked of a model in a run takes the run's recipe
-    and data, unless others are given.
+    With an opponent, also compare the two. A suite asked of a model in a run, or given answers that
+    lie in one, takes the run's recipe and data, unless others are given.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.steps import Step
@@ -393,12 +393,13 @@ def evaluate(
             raise typer.BadParameter(f"--{name.replace('_', '-')} {without}")
     if suite is None and data is None:
         raise typer.BadParameter("give --data, the output of prepare")
-    run = _run_of(model) if suite is not None and config is None else None
+    whose = model if model is not None or answers is None else str(answers)
+    run = _run_of(whose) if suite is not None and config is None else None
     recipe = _recipe(config, overrides, shrink=shrink) if run is None else run.recipe(overrides)
     if run is not None and suite is not None and data is None:
         data = run.data_of(suite)
-    is_read = judged is not None and model is None
-    options = {} if is_read else _model(recipe, iteration, model, revision)
+    is_answered = answers is not None and model is None
+    options = {} if is_answered else _model(recipe, iteration, model, revision)
     if opponent is not None:
         theirs = _model(recipe, iteration, opponent, opponent_revision)
         of_itself["opponent_revision"] = theirs.get("revision")

@@ -29,12 +29,12 @@ START = ":start"
 _OWN_INPUTS = ("model", "answers", "judged", "opponent", "opponent_evaluation", "against")
 """Inputs that are another model's own, or are looked at on their own."""
 _BETTER_HIGHER = re.compile(
-    r"accuracy|win_rate|^score|^pass@|^majority@|(^|/)(acc|exact_match|f1|mc[12]|bleu|rouge)"
+    r"accuracy|win_rate|^score|^pass@|^majority@|(^|\.)(acc|exact_match|f1|mc[12]|mcc|bleu|rouge)(_|\.|\d|$)"
     r"|^mean_reward$|^human_logprob_per_token$|^sampled_gain$"
 )
 _BETTER_LOWER = re.compile(
     r"^(sampled_|greedy_)?(cut_off|empty|unscored|unasked)_share$"
-    r"|(^|/)(\w*perplexity|bits_per_byte)"
+    r"|(^|\.)(\w*perplexity|bits_per_byte)(\.|$)"
 )
 _OF_THE_GAME = re.compile(r"^(heldout|opponent)_")
 """Metrics that say how two players stand to each other, and nothing of either's quality."""

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from spin_cli.app import app
 from stages.artifacts import Outcome, Plan, open_artifact, produce
 from stages.artifacts.keys import canonical_json
 from stages.artifacts.pointer import PointerEntry, move_pointer
@@ -136,9 +138,10 @@ def paired(low: float, high: float, wins: int = 3) -> Paired:
         ("pass@8", "better", "worse"),
         ("majority@4", "better", "worse"),
         ("score_turn_2", "better", "worse"),
-        ("arc/acc_norm", "better", "worse"),
+        ("arc_easy.acc_norm", "better", "worse"),
+        ("gsm8k.exact_match.strict-match", "better", "worse"),
         ("sampled_cut_off_share", "worse", "better"),
-        ("wikitext/word_perplexity", "worse", "better"),
+        ("wikitext.word_perplexity", "worse", "better"),
         ("sampled_mean_tokens", "higher", "lower"),
         ("heldout_reward_accuracy", "higher", "lower"),
         ("opponent_accuracy", "higher", "lower"),
@@ -292,3 +295,69 @@ def test_weights_hold_in_differences_too(tmp_path: Path) -> None:
     [difference] = only(compare([str(tmp_path / "a"), str(tmp_path / "b")]))
     assert difference.paired.gain == pytest.approx(7 / 30)
     assert math.isfinite(difference.paired.low)
+
+
+def spin(*words: object) -> tuple[int, str]:
+    """Exit code and stdout of a command, which is no terminal."""
+    done = CliRunner().invoke(app, list(map(str, words)))
+    return done.exit_code, done.stdout
+
+
+def test_the_tables_fit_80_columns_and_say_what_changed(run: RunLayout) -> None:
+    long = "length_controlled_win_rate"
+    for number in (0, 1):
+        make_evaluation(
+            run.suite(number, "duel"), str(number), column(long, [0.1 * number, 0.5, 0.25] * 9),
+            stage="suite", config={"suite": "duel"},
+        )  # fmt: skip
+    code, out = spin("compare", run.root)
+    assert code == 0
+    lines = [line for line in out.splitlines() if str(run.root) not in line]
+    assert max(map(len, lines)) <= 80
+    assert f"A  {run.root}:start  (evaluate)" in out
+    assert f"C  {run.root}:1  (evaluate, duel, quiz)" in out
+    words = [line.split() for line in lines]
+    assert ["pass@1", "0.700", "±0.096", "0.850", "±0.083"] in words
+    assert ["pass@1", "C", "+0.150", "[+0.093,", "+0.233]", "better"] in words
+    assert "quiz: C against B: better pass@1; 0 of 1 metrics show no difference" in out
+    _, out = spin("compare", f"{run.root}:0", f"{run.root}:1", "--suite", "evaluate")
+    assert "evaluate: not compared, since each was compared with another model:" in out
+
+
+def test_many_models_are_told_in_several_tables(tmp_path: Path) -> None:
+    places = [evaluation(tmp_path / f"m{i}", f"m{i}", RIGHT) for i in range(9)]
+    code, out = spin("compare", *places)
+    assert code == 0
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
+    assert out.count("further models") == 2
+    rows = [line.split() for line in out.splitlines() if line.startswith("sampled_accuracy")]
+    assert sum(row.count("0.700") for row in rows) == 9
+
+
+def test_json_is_one_object_and_text_that_steers_a_terminal_is_not_printed(
+    tmp_path: Path,
+) -> None:
+    name = tmp_path / "a\x1b[31mred"
+    one = evaluation(name, "a", RIGHT, others={"plain\x1b]0;title\x07": 1.0})
+    other = evaluation(tmp_path / "b", "b", MORE)
+    code, out = spin("compare", one, other, "--all")
+    assert code == 0
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    code, out = spin("compare", one, other, "--json")
+    found = json.loads(out)
+    assert found["suites"]["evaluate"]["differences"][0]["gain"] == pytest.approx(0.15)
+    assert found["confidence"] == 0.95
+
+
+def test_metrics_without_an_interval_are_shown_when_asked(tmp_path: Path) -> None:
+    places = [evaluation(tmp_path / n, n, RIGHT, others={"entropy": 1.25}) for n in "ab"]
+    assert "entropy" not in spin("compare", *places)[1]
+    assert "entropy" in spin("compare", *places, "--all")[1]
+
+
+def test_a_refusal_is_an_exit_code(tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "a", "a", RIGHT)
+    other = evaluation(tmp_path / "b", "b", RIGHT, config={"seed": 1})
+    assert spin("compare", one, other) == (3, "")
+    assert spin("compare", one, other, "--mixed")[0] == 0
