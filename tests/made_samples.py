@@ -67,7 +67,9 @@ def write_data(out: Path, samples: Sequence[Sample]) -> None:
     produce(out, Plan("prepare", 1, {"made": len(rows)}, {}, {}), fill)
 
 
-def write_evaluation(out: Path, samples: Sequence[Sample], data: Path) -> None:
+def write_evaluation(
+    out: Path, samples: Sequence[Sample], data: Path, config: Mapping[str, Any] | None = None
+) -> None:
     rows = [_row(sample) for sample in sorted(samples, key=lambda s: s.prompt_id)]
     compared = any(sample.opponent is not None for sample in samples)
     inputs = {
@@ -81,9 +83,8 @@ def write_evaluation(out: Path, samples: Sequence[Sample], data: Path) -> None:
         metrics = write_measures(space, evaluate.measured(rows), evaluate.summarize(rows))
         return Outcome(counts={"prompts": len(rows)}, metrics=metrics)
 
-    produce(
-        out, Plan("evaluate", evaluate.FORMAT_VERSION, {"made": out.parent.name}, inputs, {}), fill
-    )
+    settings = {"made": out.parent.name, **(config or {})}
+    produce(out, Plan("evaluate", evaluate.FORMAT_VERSION, settings, inputs, {}), fill)
 
 
 def _model(name: str) -> InputRef:

@@ -7,6 +7,7 @@ gives the same bytes.
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,7 +159,9 @@ class Drawer:
 
 def draw(panel: Panel) -> Markup:
     """Return a panel as an `<svg>` element that fills its parent's width."""
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+        # Letters that its font lacks: the browser has them, and only their widths are guessed here.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         match panel:
             case Lines():
                 figure = _figure(210, lambda axes: _lines(axes, panel))

@@ -16,7 +16,13 @@ from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, read_pointer
 from stages.config import RunConfig
 from stages.convergence import converged
-from stages.data.measures import INTERVALS_FILE, METRICS_FILE, Column, read_measures
+from stages.data.measures import (
+    INTERVALS_FILE,
+    MEASURES_FILE,
+    METRICS_FILE,
+    Column,
+    read_measures,
+)
 from stages.data.rows import EXAMPLES, SFT_METRICS, TRAIN_METRICS
 from stages.decisions import DECISION
 from stages.errors import InputError, SpinError
@@ -29,6 +35,10 @@ T = TypeVar("T")
 PAIR_REPORT = "report.json"
 EXAMPLES_FILE = "examples.parquet"
 STEPS_FILE = "metrics.parquet"
+_READ = (
+    METRICS_FILE, INTERVALS_FILE, MEASURES_FILE, EXAMPLES_FILE, DECISION, PAIR_REPORT, STEPS_FILE,
+)  # fmt: skip
+"""Whose damage is told even where nothing of them is shown."""
 SIDES = ("human", "opponent", "player")
 _LENGTH_COLUMNS = {
     "human": "human_token_ids",
@@ -140,6 +150,10 @@ class RunView:
         """Return the iteration whose player is the champion, None while there is none."""
         return next((each for each in self.iterations if each.outcome == "champion"), None)
 
+    def shown(self, problem: str) -> str:
+        """Return a problem with paths as they are named within the run."""
+        return problem.replace(f"{self.layout.root}/", "")
+
     def measured_at_start(self, metric: str) -> tuple[float | None, tuple[float, float] | None]:
         """Return a metric of the first opponent, SUITE.METRIC too, and its interval."""
         return measured(metric, self.start, self.start_suites)
@@ -179,7 +193,8 @@ def measured_on_examples(layout: RunLayout, iteration: int | None, metric: str) 
     Raises:
         SpinError: there is no sound evaluation.
     """
-    suite, dot, name = metric.rpartition(".")
+    suite, dot, rest = metric.partition(".")
+    name = rest if dot else metric
     place = layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
     artifact = open_artifact(layout.suite(iteration, suite) if dot else place)
     column = read_measures(artifact).get(name)
@@ -203,7 +218,7 @@ class _Reader:
             raise InputError(f"{layout.root} is no run directory (no run.json); correct the path")
         recipe = self._attempt(lambda: read_recipe(layout), None)
         pointer = self._attempt(lambda: read_pointer(layout.champion), None)
-        before = tuple(self._before())
+        before = tuple(self._before(recipe))
         start_suites = {
             piece.name.removeprefix("suite-"): self._evaluation(layout.root / piece.path)
             for piece in before
@@ -244,9 +259,12 @@ class _Reader:
         artifact = self._attempt(lambda: open_artifact(place), None)
         if artifact is None:
             return Piece(name, path, "corrupt", None)
+        for relative in _READ:
+            if _has(artifact, relative):
+                self._attempt(lambda: artifact.file(relative), None)  # noqa: B023
         return Piece(name, path, "done", artifact.manifest)
 
-    def _before(self) -> Iterator[Piece]:
+    def _before(self, recipe: Recipe | None) -> Iterator[Piece]:
         layout = self.layout
         yield self._piece("prepare", layout.data)
         sft = self._piece("sft", layout.sft)
@@ -255,12 +273,17 @@ class _Reader:
         for folder in _folders(layout.root / "suites"):
             yield self._piece(f"data of suite {folder.name}", folder)
         yield self._piece("evaluate", layout.start_evaluation)
-        yield from self._suites(layout.start_evaluation.parent)
+        yield from self._suites(None, recipe)
 
-    def _suites(self, parent: Path) -> Iterator[Piece]:
-        for folder in _folders(parent):
-            if folder.name.startswith("suite-"):
-                yield self._piece(folder.name, folder)
+    def _suites(self, iteration: int | None, recipe: Recipe | None) -> Iterator[Piece]:
+        """Yield the suites that the recipe asks here, and others that were asked."""
+        asked = recipe.for_iteration(iteration).suites if recipe else {}
+        names = [n for n, suite in asked.items() if not ((iteration or 0) + 1) % suite.every]
+        names = list(asked) if iteration is None else names
+        parent = self.layout.suite(iteration, "x").parent
+        found = [p.name.removeprefix("suite-") for p in _folders(parent) if "suite-" in p.name[:6]]
+        for name in dict.fromkeys([*names, *found]):
+            yield self._piece(f"suite-{name}", self.layout.suite(iteration, name))
 
     def _iteration(
         self, index: int, recipe: Recipe | None, pointer: Pointer | None
@@ -272,7 +295,7 @@ class _Reader:
             del pieces["reward"]
         folder = layout.stage(index, "generate").parent
         pool = [self._piece(p.name, p) for p in _folders(folder) if p.name.startswith("pool-")]
-        suites = list(self._suites(folder))
+        suites = list(self._suites(index, recipe))
         ordered = _in_order([*pieces.values(), *pool, *suites])
         evaluated = layout.stage(index, "evaluate")
         lengths, margins = self._shapes(evaluated)

@@ -13,7 +13,7 @@ MISSING = "–"
 
 def is_share(metric: str) -> bool:
     """Tell whether a metric, named as in metrics.json or as SUITE.METRIC, is a part of one."""
-    return bool(_SHARES.search(metric.rpartition(".")[2])) and "explained" not in metric
+    return bool(_SHARES.search(metric)) and "explained" not in metric
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
@@ -44,7 +44,7 @@ def interval(name: str, bounds: tuple[float, float] | None) -> str:
 def difference(name: str, value: float) -> str:
     """Return a difference of a metric with its sign; of a share in points."""
     shown = f"{100 * value:+.1f}" if is_share(name) else f"{value:+.4g}"
-    return _signs(shown)
+    return "0" if not float(shown) else _signs(shown)
 
 
 def unit(name: str) -> str:

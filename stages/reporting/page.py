@@ -66,7 +66,7 @@ def render(view: RunView, *, drawer: Drawer | None = None, live: bool = False) -
         live: whether the page comes from a server, which it then asks for news.
     """
     drawer = drawer or Drawer()
-    block, problem = _samples(view)
+    block, not_shown = _samples(view)
     css = _read("style.css") + _read("page.css") + (block.css if block else "")
     scripts = [_read("page.js"), *([block.js] if block else [])]
     html = (
@@ -78,7 +78,7 @@ def render(view: RunView, *, drawer: Drawer | None = None, live: bool = False) -
             css=Markup(css),
             scripts=[Markup(script) for script in scripts],
             samples=block,
-            problems=[*view.problems, *([problem] if problem else [])],
+            problems=list(dict.fromkeys([*view.problems, *not_shown])),
             view=view,
             **_parts(view),
         )
@@ -128,12 +128,13 @@ def _parts(view: RunView) -> dict[str, Any]:
     }
 
 
-def _samples(view: RunView) -> tuple[SamplesBlock | None, str | None]:
-    """Return the browser of samples, or why there is none."""
+def _samples(view: RunView) -> tuple[SamplesBlock | None, tuple[str, ...]]:
+    """Return the browser of samples, and what it could not read."""
     try:
-        return samples_block(view.layout), None
+        block = samples_block(view.layout)
     except (SpinError, OSError) as error:
-        return None, str(error).replace(f"{view.layout.root}/", "")
+        return None, (view.shown(str(error)),)
+    return block, tuple(view.shown(problem) for problem in block.problems)
 
 
 def _decisions(view: RunView) -> list[DecisionRow]:

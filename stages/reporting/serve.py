@@ -77,9 +77,9 @@ def serve(run: Path, port: int, announce: Callable[[str], None]) -> None:
         SpinError: `run` is no run directory.
     """
     pages = Pages(run)
-    pages.page()  # a run that cannot be told is said now
     server = open_server(pages, port)
     try:
+        pages.page()  # a run that cannot be told is said now
         announce(f"http://{HOST}:{server.server_port}/")
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:

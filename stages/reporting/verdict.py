@@ -17,19 +17,29 @@ _TITLES = {
     "min_value": "Least value",
     "min_gain": "Least gain",
 }
-_OF_THE_METRIC = ("value", "rival_value")
-_DIFFERENCES = ("gain", "low", "high", "by", "margin", "min_gain")
+_OF_THE_METRIC = ("value", "rival_value", "min_value", "at_least")
+_BOUNDS = ("low", "high")
+"""Of the gain where there is one, otherwise of the metric."""
+_DIFFERENCES = ("gain", "above", "min_gain")
+_SHARES = ("confidence", "share", "off")
 _NAMES = {
     "rival_value": "rival's value",
+    "above": "to exceed",
+    "unmatched": "not in both",
     "p_value": "p",
-    "low": "interval from",
-    "high": "interval to",
+    "low": "interval",
 }
+
+_ORDER = (
+    "metric", "against", "rival", "value", "rival_value", "gain", "low", "high", "p_value", "above",
+    "confidence", "method", "examples", "wins", "losses", "ties",
+)  # fmt: skip
+_PLACES = {name: place for place, name in enumerate(_ORDER)}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One condition, and those in it."""
+    """One condition, and those in it, whose texts stand for its own."""
 
     title: str
     passed: bool | None
@@ -45,34 +55,42 @@ def verdict(node: Any) -> Verdict | None:
     kind, passed = str(node.get("kind", "")), node.get("passed")
     found = node.get("figures")
     children = node.get("children")
-    below = (verdict(child) for child in children) if isinstance(children, list) else ()
+    nodes = [verdict(child) for child in children] if isinstance(children, list) else []
+    below = tuple(node for node in nodes if node is not None)
     return Verdict(
         _TITLES.get(kind, kind),
         passed if isinstance(passed, bool) else None,
-        str(node.get("text") or ""),
+        "" if below else str(node.get("text") or ""),
         tuple(_figures(found)) if isinstance(found, dict) else (),
-        tuple(child for child in below if child is not None),
+        below,
     )
 
 
 def _figures(found: dict[str, Any]) -> list[tuple[str, str]]:
-    metric = str(found.get("metric") or "")
-    return [
-        (_NAMES.get(name, name.replace("_", " ")), _shown(name, value, metric))
-        for name, value in found.items()
-        if value is not None
-    ]
+    """Return figures in the order of `_ORDER`, the ends of an interval together."""
+    metric, is_compared = str(found.get("metric") or ""), "gain" in found
+    shown = {
+        name: _shown(name, found[name], metric, is_compared)
+        for name in sorted(found, key=lambda name: _PLACES.get(name, len(_PLACES)))
+        if found[name] is not None
+    }
+    if all(name in shown for name in _BOUNDS):
+        low, high = (shown[name] for name in _BOUNDS)
+        shown = {
+            n: f"{low} to {high}" if n == "low" else t for n, t in shown.items() if n != "high"
+        }
+    return [(_NAMES.get(name, name.replace("_", " ")), text) for name, text in shown.items()]
 
 
-def _shown(name: str, value: Any, metric: str) -> str:
+def _shown(name: str, value: Any, metric: str, is_compared: bool) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if not math.isfinite(value):
         return numbers.MISSING
-    if name in _OF_THE_METRIC and metric:
+    if metric and (name in _OF_THE_METRIC or (name in _BOUNDS and not is_compared)):
         return numbers.metric(metric, value)
-    if name in _DIFFERENCES and metric:
+    if metric and (name in _DIFFERENCES or name in _BOUNDS):
         return numbers.difference(metric, value) + numbers.unit(metric)
-    if name == "confidence":
-        return f"{100 * value:g}%"
+    if name in _SHARES:
+        return f"{100 * value:.4g}%"
     return numbers.number(value, 3)

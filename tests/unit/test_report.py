@@ -1,0 +1,571 @@
+"""The report of a run, as far as Python makes it; tests/browser tries it out in Chromium."""
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from spin_cli.app import app
+from stages.alarms import RULES
+from stages.artifacts import read_manifest
+from stages.errors import ConfigError, InputError
+from stages.layout import RunLayout
+from stages.promote import rollback
+from stages.recipe import load_recipe
+from stages.report import write_report
+from stages.reporting import numbers
+from stages.reporting.charts import ROLES, Bars, Drawer, Line, Lines, draw
+from stages.reporting.collect import collect
+from stages.reporting.flow import flow
+from stages.reporting.headline import headline
+from stages.reporting.page import TEMPLATES, printable_page
+from stages.reporting.settings import changes
+from stages.reporting.verdict import verdict
+from stages.run_record import start_or_resume
+from tests import made_runs
+from tests.hostile import hostile_texts
+from tests.made_runs import write_iteration, write_run
+from tests.made_samples import write_evaluation
+
+SECTIONS = [
+    "summary", "course", "decisions", "alarms", "samples", "training", "shapes", "flow", "cost",
+    "settings", "lineage",
+]  # fmt: skip
+ATTACKS = (
+    "<script>alert(1)</script>", "</style><img src=x onerror=alert(1)>", "{{ 7*7 }}{% raw %}",
+    "' onmouseover='alert(1)", '" style="color:red', "$x_1$ \\alpha", "</script><b>",
+    "\x00\x1b[31m", "\ud800", "&lt;b&gt;",
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """A page as a browser would read it: elements with attributes, and the texts in them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._open[-1] if self._open else "", data))
+
+    def all(self, *tags: str) -> list[dict[str, str]]:
+        return [attributes for tag, attributes in self.elements if tag in tags]
+
+    def inside(self, tag: str) -> list[str]:
+        return [text for within, text in self.texts if within == tag]
+
+    def text(self) -> str:
+        shown = (text for tag, text in self.texts if tag not in ("script", "style"))
+        return " ".join(" ".join(shown).split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
+    return write_run(tmp_path_factory.mktemp("made") / "a run", 3, refused=(1,))
+
+
+@pytest.fixture(scope="module")
+def page(made: RunLayout) -> Page:
+    return report(made)
+
+
+@pytest.fixture
+def run(made: RunLayout, tmp_path: Path) -> RunLayout:
+    """A copy that a test may spoil."""
+    shutil.copytree(made.root, tmp_path / "a run")
+    return RunLayout(tmp_path / "a run")
+
+
+def report(layout: RunLayout) -> Page:
+    out = layout.root.parent / "report.html"
+    write_report(layout.root, out)
+    return Page(out.read_text(encoding="utf-8"))
+
+
+# -- What the page tells --------------------------------------------------------------------------
+
+
+def test_the_parts_come_in_the_order_in_which_one_asks(page: Page) -> None:
+    assert [a["id"] for a in page.all("section")] == SECTIONS
+    assert [a["href"] for a in page.all("a")[1:]] == [f"#{name}" for name in SECTIONS]
+
+
+def test_the_headline_compares_the_champion_with_the_start(made: RunLayout, page: Page) -> None:
+    found = headline(collect(made.root))
+    assert found.title == "Better than the start: +15.0 points"
+    assert found.gain is not None
+    assert (found.gain.value, found.gain.start_value) == (16 / 40, 10 / 40)
+    paired = found.gain.paired
+    assert paired is not None
+    assert (paired.examples, paired.wins, paired.losses) == (40, 6, 0)
+    assert 0 < paired.low < 0.15 < paired.high
+    text = page.text()
+    assert "The player of iteration 2 is the champion" in text
+    assert "on 6 and worse on 0" in text
+    assert "the reason of 2" in text
+    assert "spin run with --iterations 4 plays on" in text
+
+
+@pytest.mark.parametrize(
+    ("right", "tone", "title"),
+    [(11, "plain", "No clear difference"), (30, "good", "Better"), (0, "bad", "Worse")],
+)
+def test_the_headline_says_no_more_than_the_interval(
+    tmp_path: Path, right: int, tone: str, title: str
+) -> None:
+    layout = write_run(tmp_path / "run", 1)
+    evaluated = layout.stage(0, "evaluate")
+    shutil.rmtree(evaluated)
+    write_evaluation(evaluated, made_runs.samples(right), layout.data)
+    found = headline(collect(layout.root))
+    assert (found.tone, found.title.startswith(title)) == (tone, True), found.title
+
+
+def test_what_was_asked_in_another_way_is_not_compared_example_by_example(run: RunLayout) -> None:
+    assert headline(collect(run.root)).title.startswith("Better")
+    made_runs.ask_otherwise(run.start_evaluation, run.data)
+    found = headline(collect(run.root))
+    assert found.gain is not None
+    assert found.gain.paired is None
+    assert found.gain.verdict == "unsure"
+    assert "how surely is not known" in found.title
+
+
+def test_figures_stand_in_the_page_as_the_stages_wrote_them(made: RunLayout, page: Page) -> None:
+    cells = page.inside("td") + page.inside("th")
+    for t in range(3):
+        metrics = read_manifest(made.stage(t, "evaluate")).metrics
+        for name in ("sampled_accuracy", "heldout_reward_accuracy", "heldout_kl"):
+            value = metrics[name]
+            assert isinstance(value, float)
+            shown = numbers.metric(name, value)
+            assert any(cell == shown or cell.startswith(f"{shown} (") for cell in cells), name
+    assert "0.6931 → 0.2931" in cells
+    assert cells.count("1,000") == 3, "train's tokens, by iteration"
+
+
+def test_a_training_curve_has_one_line_an_iteration(page: Page) -> None:
+    html = page.html
+    training = html[html.index('<section id="training"') : html.index('<section id="shapes"')]
+    charts = re.findall(r"<svg.*?</svg>", training, re.DOTALL)
+    assert len(charts) == 6
+    for chart in charts:
+        assert [len(re.findall(f's-ramp-{i}"', chart)) for i in (0, 2, 5)] == [1, 1, 1]
+    for i, name in ((0, "iteration 0"), (2, "iteration 1"), (5, "iteration 2")):
+        assert f'b-ramp-{i}"></span>{name}' in training
+
+
+def test_the_flow_goes_from_prompts_to_pairs_and_loses_no_row(made: RunLayout) -> None:
+    found = flow(collect(made.root).iterations[0])
+    assert found is not None
+    assert [(level.name, level.count) for level in found.levels] == [
+        ("prompts", 80), ("prompts drawn", 40), ("answers", 40), ("candidate pairs", 40),
+        ("pairs", 12), ("trained on", 12),
+    ]  # fmt: skip
+    for above, below in zip(found.levels, found.levels[1:], strict=False):
+        assert above.count - sum(drop.count for drop in above.drops) == below.count
+    assert [(d.reason, d.count) for _, d in found.drops()] == [
+        ("not drawn", 40), ("identical", 27), ("cut off", 1),
+    ]  # fmt: skip
+
+
+def test_gpu_hours_are_told_where_a_stage_says_that_it_had_gpus(page: Page) -> None:
+    text = page.text()
+    assert "GPU hours 0.00" in text
+    assert "3 GB" in text
+    assert "By stage stage artifacts time tokens tokens/s GPU hours" in text
+
+
+def test_settings_that_change_by_iteration_are_told_as_the_artifacts_were_made(
+    tmp_path: Path,
+) -> None:
+    layout = write_run(tmp_path / "run", 1)
+    other = load_recipe(None, ["promote.metric=sampled_accuracy", "train.beta=0.5"])
+    write_iteration(layout, other, 1)
+    found = changes(collect(layout.root))
+    assert [(row.name, row.values) for row in found] == [("train.beta", ("0.1", "0.5"))]
+
+
+def test_a_refused_player_and_its_alarms_are_told(made: RunLayout, page: Page) -> None:
+    text = page.text()
+    assert [each.outcome for each in collect(made.root).iterations] == [
+        "promoted", "refused", "champion",
+    ]  # fmt: skip
+    assert "iteration 1, evaluate: length_drift refuse answers are twice as long" in text
+
+
+def test_alarms_of_an_iteration_that_is_not_decided_are_told(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", 0)
+    refs = {"model": made_runs.outside("base")}
+    made_runs.make(layout, 0, "generate", refs, counts={}, metrics={"cut_off_share": 0.9})
+    text = report(layout).text()
+    assert "generated_cut_off" in text
+    assert "(not decided yet)" in text
+    assert {rule.name for rule in RULES} >= {"generated_cut_off"}
+
+
+def test_the_gates_verdict_is_shown_as_a_tree(run: RunLayout) -> None:
+    figures = {
+        "metric": "sampled_accuracy", "rival": "start/evaluate", "value": 0.4, "rival_value": 0.25,
+        "gain": 0.15, "low": 0.05, "high": 0.25, "confidence": 0.95, "p_value": 0.0123,
+        "method": "mcnemar", "examples": 40, "wins": 6, "losses": 0, "ties": 34,
+    }  # fmt: skip
+    better = {"kind": "better", "passed": True, "text": "it is better", "figures": figures,
+              "children": []}  # fmt: skip
+    failed = {"kind": "at_least", "passed": False, "text": "it is too low", "figures": {},
+              "children": []}  # fmt: skip
+    tree = {"kind": "any", "passed": True, "text": "", "figures": {}, "children": [better, failed]}
+    shutil.rmtree(run.stage(2, "promote"))
+    made_runs.decide(run, 2, verdict=tree, gain=figures)
+    text = report(run).text()
+    assert "Passed: Any of these" in text
+    assert "Passed: Better it is better" in text
+    assert "Failed: At least it is too low" in text
+    assert "gain +15.0 points interval +5.0 points to +25.0 points p 0.0123" in text
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [None, 7, "x", [], {}, {"kind": None, "children": [None, 3, {}]},
+     {"figures": [1], "children": {"a": 1}, "passed": "yes"}],
+)  # fmt: skip
+def test_a_verdict_of_any_shape_can_be_shown(run: RunLayout, junk: Any) -> None:
+    found = verdict(junk)
+    assert (found is None) == (not isinstance(junk, dict))
+    shutil.rmtree(run.stage(2, "promote"))
+    made_runs.decide(run, 2, verdict=junk, gain=junk)
+    assert not collect(run.root).problems
+    report(run)
+
+
+# -- Runs in any state ----------------------------------------------------------------------------
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path / "run")
+    start_or_resume(layout, load_recipe(None))
+    text = report(layout).text()
+    assert "No iteration was begun" in text
+    assert "Nothing was trained yet" in text
+
+
+def test_a_place_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no run directory"):
+        write_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("last", ["generate", "pair", "score", "train", "evaluate"])
+def test_a_run_that_stopped_after_a_stage(run: RunLayout, last: str) -> None:
+    stages = ["generate", "pair", "score", "train", "evaluate", "promote"]
+    for stage in stages[stages.index(last) + 1 :]:
+        shutil.rmtree(run.stage(2, stage))
+    text = report(run).text()
+    assert f"Iteration 2 stands after {last}" in text
+    assert "What could not be read" not in text or last in ("generate", "pair", "score")
+
+
+def test_a_run_that_was_rolled_back_says_so(run: RunLayout) -> None:
+    rollback(run)
+    view = collect(run.root)
+    assert [t.outcome for t in view.iterations] == ["champion", "refused", "rolled back"]
+    assert "was promoted and rolled back" in report(run).text()
+
+
+def test_a_run_without_a_champion_says_so(tmp_path: Path) -> None:
+    text = report(write_run(tmp_path / "run", 1, refused=(0,))).text()
+    assert "was not promoted: there is no champion yet" in text
+    assert "the run stops there" in text
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0x55]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda data: data[: len(data) // 2]])
+def test_whatever_is_damaged_the_rest_is_told_and_the_damage_named(
+    run: RunLayout, damage: Callable[[bytes], bytes]
+) -> None:
+    files = sorted(p for p in run.root.rglob("*") if p.is_file() and not p.name.startswith("."))
+    read = {"metrics.parquet", "examples.parquet", "report.json", "decision.json", "run.json",
+            "metrics.json", "intervals.json", "measures.parquet", "manifest.json",
+            "champion"}  # fmt: skip
+    for file in files:
+        if file.parts[-3] == "000" or file.name not in read:
+            continue  # iterations 1 and 2 have the same files
+        data = file.read_bytes()
+        file.write_bytes(damage(data))
+        view = collect(run.root)
+        named = file.parent.name if file.name not in ("run.json", "champion") else file.name
+        assert any(named in problem for problem in view.problems), file
+        assert not any(str(run.root) in problem for problem in view.problems)
+        file.write_bytes(data)
+    assert not collect(run.root).problems
+
+
+def test_a_page_of_a_run_with_a_damaged_recipe_and_pointer(run: RunLayout) -> None:
+    for file in (run.record, run.champion):
+        file.write_bytes(flipped(file.read_bytes()))
+    text = report(run).text()
+    assert "run.json is damaged" in text
+    assert "champion is damaged" in text
+    assert "The recipe in run.json cannot be read" in text
+    assert "0.6931 → 0.2931" in text
+
+
+def test_an_attempt_that_was_cut_off_is_told(run: RunLayout) -> None:
+    shutil.rmtree(run.stage(2, "promote"))
+    (run.stage(2, "promote").parent / ".promote.0123456789abcdef.partial").mkdir()
+    assert "Cut off before the end: iterations/002/promote" in report(run).text()
+
+
+# -- A page that is safe to open ------------------------------------------------------------------
+
+
+def test_the_policy_allows_this_pages_scripts_and_styles_alone(page: Page) -> None:
+    policies = [a["content"] for a in page.all("meta") if "http-equiv" in a]
+    assert len(policies) == 1
+    parts = dict(part.split(" ", 1) for part in policies[0].split("; "))
+    assert parts.pop("default-src") == "'none'"
+    assert parts.pop("img-src") == "data:"
+    assert {parts.pop("base-uri"), parts.pop("form-action")} == {"'none'"}
+    for tag in ("script", "style"):
+        code = re.findall(rf"<{tag}>(.*?)</{tag}>", page.html, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(c.encode()).digest()).decode() for c in code]
+        assert parts.pop(f"{tag}-src") == " ".join(f"'sha256-{each}'" for each in hashes)
+    assert not parts, "a file asks nobody for anything"
+
+
+def test_no_element_asks_for_anything_or_carries_code(page: Page) -> None:
+    kinds = {tag for tag, _ in page.elements}
+    assert not kinds & {"img", "iframe", "object", "embed", "base", "audio", "video", "image"}
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        assert "style" not in attributes, (tag, attributes)
+        assert "src" not in attributes
+        target = attributes.get("href", "#")
+        assert target.startswith("#") or (tag, target) == ("link", "data:,")
+    for script in page.all("script"):
+        assert script.get("type", "") in ("", "application/json")
+
+
+def test_hostile_names_and_texts_stay_text(tmp_path: Path) -> None:
+    texts = [*ATTACKS, *hostile_texts(40, huge=200)]
+    storable = [text.encode("utf-8", "replace").decode() for text in texts]
+    calm, wild = (write_run(tmp_path / name, 1) for name in ("calm", "wild <b>&\"'"))
+    for layout, used in ((calm, ["x"] * len(storable)), (wild, storable)):
+        shutil.rmtree(layout.stage(0, "promote"))
+        tree = {"kind": used[0], "passed": True, "text": used[1], "children": [],
+                "figures": {used[2]: used[3], "metric": used[4], "value": 0.5}}  # fmt: skip
+        made_runs.decide(
+            layout, 0, reasons=used, metric=used[0], verdict=tree,
+            alarms=[dict.fromkeys(("stage", "name", "action", "text"), text) for text in used],
+        )  # fmt: skip
+    plain, page = report(calm), report(wild)
+    shape = [(tag, sorted(a.keys() - {"open"})) for tag, a in page.elements if tag != "title"]
+    assert shape == [
+        (tag, sorted(a.keys() - {"open"})) for tag, a in plain.elements if tag != "title"
+    ]
+    for text in ATTACKS[:5]:
+        assert text in page.text()
+    page.html.encode("utf-8")
+
+
+def test_a_metric_of_any_name_can_be_drawn() -> None:
+    for name in [*ATTACKS, *hostile_texts(60, huge=100)]:
+        line = Line(name, "player", (0.0, 1.0), (0.5, 0.6))
+        panel = Lines(name, name, (line,), x_label=name, x_names=((0.0, name), (1.0, "1")))
+        Page(draw(panel))
+        assert "<script" not in draw(panel)
+        draw(Bars(name, name, ((name, 1.0, "1 s"),)))
+
+
+def test_no_character_is_left_that_a_page_may_not_hold() -> None:
+    assert printable_page("a\ud800\x00\x1b\x85b\n\t") == "a\\ud800\ufffd\ufffd\ufffdb\n\t"
+
+
+# -- For everybody --------------------------------------------------------------------------------
+
+
+def test_ids_are_single_and_what_refers_to_them_finds_them(page: Page) -> None:
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    wanted = [a[name] for _, a in page.elements for name in ("aria-labelledby", "for") if name in a]
+    wanted += [a["href"][1:] for _, a in page.elements if a.get("href", "").startswith("#")]
+    wanted += re.findall(r"url\(#([^)]+)\)", page.html)
+    assert set(wanted) <= set(ids)
+
+
+def test_headings_are_in_order(page: Page) -> None:
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_every_chart_has_a_text_and_every_table_a_caption(page: Page) -> None:
+    charts = page.all("svg")
+    assert len(charts) > 20
+    for chart in charts:
+        assert chart["role"] == "img"
+        assert len(chart["aria-label"]) > 30
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert page.all("html")[0]["lang"] == "en"
+    assert next(a["href"] for a in page.all("a")) == "#main"
+
+
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def themes() -> Iterator[dict[str, str]]:
+    css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    blocks = re.findall(r"\{([^{}]*--bg:[^{}]*)\}", css)
+    for block in blocks:
+        yield dict(re.findall(r"(--[\w-]+):\s*(#[0-9a-f]{6});", block))
+
+
+def test_texts_and_lines_stand_out_in_every_theme() -> None:
+    found = list(themes())
+    assert len(found) == 3, "light, dark by the system, dark by choice"
+    assert found[1] == found[2]
+    for theme in found:
+        for ground in ("--bg", "--surface"):
+            for role in set(ROLES) - {"line", "surface"}:
+                assert contrast(theme[f"--{role}"], theme[ground]) >= 4.5, (role, ground)
+            for i in range(6):
+                assert contrast(theme[f"--ramp-{i}"], theme[ground]) >= 3, (i, ground)
+
+
+# -- Bytes and files ------------------------------------------------------------------------------
+
+
+def test_the_same_run_gives_the_same_bytes_in_any_process_and_place(
+    made: RunLayout, tmp_path: Path
+) -> None:
+    report(made)
+    first = (made.root.parent / "report.html").read_bytes()
+    shutil.copytree(made.root, tmp_path / "elsewhere" / made.root.name)
+    script = (
+        "import sys; from pathlib import Path; from stages.report import write_report; "
+        "write_report(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, "elsewhere/a run", "again.html"],
+        check=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C",
+                          "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert (tmp_path / "again.html").read_bytes() == first
+
+
+def test_a_report_replaces_an_earlier_one_and_leaves_nothing_beside_it(
+    made: RunLayout, tmp_path: Path
+) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    written = write_report(made.root, out)
+    assert written.size_bytes == out.stat().st_size > 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(ConfigError, match="is a directory"):
+        write_report(made.root, tmp_path)
+
+
+def test_a_report_writes_nothing_into_the_run(run: RunLayout) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.root.rglob("*")}
+    report(run)
+    assert {p: p.stat().st_mtime_ns for p in run.root.rglob("*")} == before
+
+
+def test_a_panel_is_drawn_once() -> None:
+    drawer = Drawer()
+    line = Line("a", "player", (0.0,), (1.0,))
+    panel = Lines("t", "d", (line,), "x")
+    same = Lines("t", "d", (line,), "x")
+    assert drawer.draw(panel) is drawer.draw(same)
+    assert not re.search("#0a0[bc]", str(drawer.draw(panel))), "every mark became a class"
+    assert "style=" not in drawer.draw(panel)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--out", "x.html", "--serve"], ["--out", "x", "--port", "1"]]
+)
+def test_the_command_takes_a_file_or_a_server(made: RunLayout, words: list[str]) -> None:
+    found = CliRunner().invoke(app, ["report", str(made.root), *words])
+    assert found.exit_code == 2
+    assert "give either --out FILE.html, or --serve" in found.stderr
+
+
+def test_the_command_tells_what_it_wrote(made: RunLayout, tmp_path: Path) -> None:
+    out = tmp_path / "x.html"
+    found = CliRunner().invoke(app, ["report", str(made.root), "--out", str(out)])
+    assert (found.exit_code, found.stdout) == (0, "")
+    assert found.stderr.startswith(f"{out}: 3 iterations, 0.")
+
+
+def test_only_the_report_loads_matplotlib(made: RunLayout) -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from spin_cli.app import app; "
+        "found = CliRunner().invoke(app, ['status', sys.argv[1]]); "
+        "assert found.exit_code == 0, found; print('matplotlib' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(made.root)],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout.split() == ["False"]
+
+
+# -- Numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("sampled_accuracy", 0.9305, "93.0%"), ("human_logprob_per_token", -0.00364, "−0.003640"),
+        ("sums.pass@4", 1.0, "100.0%"), ("arc.acc,none", 0.25, "25.0%"),
+        ("x.acc_stderr", 0.25, "0.2500"), ("heldout_kl", 1234567.0, "1,234,567"),
+        ("heldout_length_explained", 0.5, "0.5000"), ("heldout_kl", 1e-12, "1.000e-12"),
+        ("mt.score", 7.25, "7.250"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_for_people(name: str, value: float, shown: str) -> None:
+    assert numbers.metric(name, value) == shown
+
+
+def test_json_of_a_decision_is_what_the_page_reads(made: RunLayout) -> None:
+    decision = json.loads((made.stage(2, "promote") / "decision.json").read_bytes())
+    assert collect(made.root).iterations[2].decision == decision
