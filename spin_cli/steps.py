@@ -195,12 +195,11 @@ def _call_of_iteration(step: Step, config: RunConfig, open_engine: "OpenEngine |
             return train.run(config, train.TrainInputs(pairs, model, revision, before), out)
         case "evaluate" if "suite" in options:
             from stages import engines, suite
-            from stages.suites.base import SuiteInputs
 
             places = {n: _path(options.get(n)) for n in ("data", "answers", "against", "judged")}
             return suite.run(
                 config,
-                SuiteInputs(options["suite"], options.get("model"), revision, **places),
+                suite.SuiteInputs(options["suite"], options.get("model"), revision, **places),
                 out,
                 open_engine=open_engine or engines.open_engine,
             )

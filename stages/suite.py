@@ -16,6 +16,8 @@ from stages.config import (
 from stages.engines import OpenEngine
 from stages.suites.base import SuiteInputs, SuiteWork
 
+__all__ = ["SuiteInputs", "run"]
+
 
 def run(
     config: RunConfig,
