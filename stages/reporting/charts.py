@@ -36,6 +36,8 @@ _MARKS = {role: f"#0a0b{i:02x}" for i, role in enumerate(ROLES)}
 _MARKS |= {f"ramp-{i}": f"#0a0c{i:02x}" for i in range(RAMP)}
 _ROLE_OF = {mark: role for role, mark in _MARKS.items()}
 _FONT_PX = 11
+_LABELS = 38
+"""Units below the axes, for their labels."""
 _PT = 72 / 100  # a panel is drawn at 100 units an inch
 _SETTINGS: Any = {  # a dict whose keys are 300 literals, in matplotlib's own types
     "svg.fonttype": "none",
@@ -195,13 +197,12 @@ def printable(text: str, most: int = 40) -> str:
 def _figure(
     height: int,
     fill: Callable[[Axes], None],
-    box: tuple[float, float, float, float] = (0.135, 0.0, 0.985, 0.97),
+    box: tuple[float, float, float, float] | None = None,
 ) -> Figure:
     """Return a figure with one pair of axes, so many units high."""
     figure = Figure(figsize=(WIDTH / 100, height / 100), dpi=72)
     figure.patch.set_visible(False)
-    left, bottom, right, top = box
-    bottom = bottom or 38 / height
+    left, bottom, right, top = box or (0.135, _LABELS / height, 0.985, 0.97)
     axes = figure.add_axes((left, bottom, right - left, top - bottom))
     axes.patch.set_visible(False)
     for side in ("top", "right", "left"):

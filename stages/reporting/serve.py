@@ -4,7 +4,9 @@ Stages are never made to wait: the page is read from what is finished, and made 
 artifact, a decision or an attempt came or went.
 """
 
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from stages.reporting.charts import Drawer
 from stages.reporting.collect import collect
 from stages.reporting.page import render
 from stages.status import stage_state
+
+log = logging.getLogger("spin")
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8642
@@ -121,7 +125,10 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = HOST, int(self.server_address[1])
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of a browser that went away."""
+        """Tell of our own mistakes; say nothing of a browser that went away."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError | TimeoutError):
+            log.error("report: a bug while a page was made: %r", error, exc_info=error)
 
 
 class _Handler(BaseHTTPRequestHandler):

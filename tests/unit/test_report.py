@@ -194,6 +194,16 @@ def test_the_flow_goes_from_prompts_to_pairs_and_loses_no_row(made: RunLayout) -
     ]  # fmt: skip
 
 
+def test_the_flow_ends_where_the_run_stands(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", 0)
+    refs = {"model": made_runs.outside("base")}
+    made_runs.make(layout, 0, "generate", refs, counts={"rows": 0})
+    found = flow(collect(layout.root).iterations[0])
+    assert found is not None
+    assert [(level.name, level.count) for level in found.levels] == [("answers", 0)]
+    assert "Iteration 0: 0 answers. Left out: nothing." in report(layout).html
+
+
 def test_gpu_hours_are_told_where_a_stage_says_that_it_had_gpus(page: Page) -> None:
     text = page.text()
     assert "GPU hours 0.00" in text
