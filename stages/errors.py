@@ -37,7 +37,8 @@ class DivergedError(SpinError):
     """What should agree does not.
 
     Training met NaN or Inf, failed its start-up check, or a collapse alarm stopped it; or an
-    engine's log-probabilities are not those of the model that will be trained.
+    engine's log-probabilities are not those of the model that will be trained; or what was made
+    again is not what it was.
     """
 
     exit_code = 5
