@@ -11,9 +11,12 @@ import os
 import secrets
 import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 FINISH_S = 600
@@ -25,21 +28,32 @@ def main() -> None:
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    problems = _work(json.loads(sys.stdin.readline()))
+    run = json.loads(sys.stdin.readline())
+    messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    threading.Thread(target=_read, args=(messages,), daemon=True).start()
+    problems = _work(run, iter(messages.get, None))
     said.write("; ".join(problems))
     said.close()
     os._exit(0)  # threads of libraries are left behind, not waited for
 
 
-def _work(run: dict[str, Any]) -> list[str]:
+def _read(messages: "SimpleQueue[dict[str, Any] | None]") -> None:
+    """Take in what comes, and end the process some time after the last of it."""
+    for line in sys.stdin:
+        messages.put(json.loads(line))
+    messages.put(None)
+    time.sleep(FINISH_S)
+    os._exit(1)
+
+
+def _work(run: dict[str, Any], messages: Iterator[dict[str, Any]]) -> list[str]:
     state_path = Path(run["state"])
     state_path.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{state_path}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of an earlier one that was left to itself
         state = _State(state_path, run["identity"])
         trackers = _Trackers(run, state)
-        for line in sys.stdin:
-            message = json.loads(line)
+        for message in messages:
             if "summary" not in message:
                 if message["step"] > state.last_step:
                     state.keep(last_step=message["step"])
@@ -48,7 +62,6 @@ def _work(run: dict[str, Any]) -> list[str]:
                 step = state.last_step + 1
                 state.keep(last_step=step, summaries=[*state.summaries, message["of"]])
                 trackers.log(message["summary"], step)
-        signal.alarm(FINISH_S)
         trackers.finish()
     return trackers.problems
 
@@ -115,7 +128,8 @@ class _Trackers:
         self._trackers[name] = tracker
         if name == "mlflow":
             state.keep(mlflow=tracker.tracker.info.run_id)
-        if state.is_new and run["settings"]:
+        # Trackio takes what the last process says of a run for all that is known of it.
+        if run["settings"] and (state.is_new or name == "trackio"):
             tracker.store_init_configuration(run["settings"])
 
     def log(self, values: dict[str, Any], step: int) -> None:
