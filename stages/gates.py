@@ -283,7 +283,8 @@ def _compare(
     for who, column in (("player", mine), (rival.name, theirs)):
         wrong = int((~np.isfinite(column.values)).sum())
         if wrong:
-            problem = f"{condition.metric} of the {who} is not a finite number on {wrong} examples"
+            on = f"{wrong} example{'' if wrong == 1 else 's'}"
+            problem = f"{condition.metric} of the {who} is not a finite number on {on}"
             return _Comparison(rival.name, None, problem, figures)
     # 2c - 1: each end of the interval is then the one-sided bound at c
     two_sided = 2 * condition.confidence - 1

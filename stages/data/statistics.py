@@ -165,7 +165,10 @@ class Studentized:
         tail = (1 - confidence) / 2
         low, high = np.quantile(self.draws, (tail, 1 - tail), method="inverted_cdf")
         student = _student_quantile(1 - tail, self.examples - 1)
-        below, above = max(student, float(high)), max(student, -float(low))
+        # of a few examples many resamples show no spread, and their t no bound: Student's is left
+        below, above = (
+            max(student, float(t)) if math.isfinite(t) else student for t in (high, -low)
+        )
         return self.mean - below * self.stderr, self.mean + above * self.stderr
 
 

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stages.data import statistics
 from stages.data.measures import Column
@@ -22,11 +24,11 @@ from stages.data.statistics import _student_tail as student_tail
 
 
 def column(values: Floats | list[float], weights: list[float] | None = None) -> Column:
-    given = np.asarray(values, np.float64)
+    array = np.asarray(values, np.float64)
     return Column(
-        [f"p{i}" for i in range(len(given))],
-        given,
-        np.ones(len(given)) if weights is None else np.array(weights),
+        [f"p{i}" for i in range(len(array))],
+        array,
+        np.ones(len(array)) if weights is None else np.array(weights),
     )
 
 
@@ -177,6 +179,40 @@ class TestMeans:
         assert studentized(np.full(5, 0.1)).p_value(0.0) == 0.5**5
         assert studentized(np.zeros(5)).p_value(0.0) == 1.0
         assert studentized(np.full(3, 0.1)).interval() == pytest.approx((0.1, 0.1))
+
+
+VALUES = st.one_of(
+    st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60),
+    st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=60),
+)
+
+
+class TestAnyComparison:
+    @settings(max_examples=60, deadline=None)
+    @given(VALUES, st.floats(-0.5, 0.5), st.booleans())
+    def test_says_what_is_possible_and_the_same_from_either_side(
+        self, pairs: list[tuple[float, float]], above: float, lower: bool
+    ) -> None:
+        mine, theirs = (column([float(pair[i]) for pair in pairs]) for i in (0, 1))
+        there = found(compare(mine, theirs, above=above, lower=lower))
+        back = found(compare(theirs, mine, above=above, lower=lower))
+        assert 0 <= there.p_value <= 1
+        assert there.low <= there.gain + 1e-9
+        assert there.gain <= there.high + 1e-9
+        assert there.wins + there.losses + there.ties == there.examples == len(pairs)
+        assert there.gain == pytest.approx(-back.gain)
+        assert (there.wins, there.losses) == (back.losses, back.wins)
+        assert all(math.isfinite(n) for n in (there.low, there.high))
+
+    @settings(max_examples=40, deadline=None)
+    @given(VALUES, st.floats(-0.5, 0.4))
+    def test_asks_more_where_more_is_to_be_exceeded(
+        self, pairs: list[tuple[float, float]], above: float
+    ) -> None:
+        mine, theirs = (column([float(pair[i]) for pair in pairs]) for i in (0, 1))
+        less, more = (found(compare(mine, theirs, above=a)) for a in (above, above + 0.1))
+        # at 0 itself the exact test takes the place of the score test, whose tails differ a little
+        assert less.p_value <= more.p_value + (0.02 if less.method == "mcnemar" else 1e-12)
 
 
 class TestComparing:
