@@ -60,7 +60,17 @@ def compare(
         _put_values(table, found, every)
         _put_differences(table)
         for line in _summary(table):
-            put(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+            _put_wrapped(line)
+    if any(table.differences for table in found.suites):
+        put("")
+        _put_wrapped(
+            "Each interval holds for itself: of 20 metrics without any difference one is expected "
+            "to show one."
+        )
+
+
+def _put_wrapped(line: str) -> None:
+    put(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def letter(index: int) -> str:
@@ -137,11 +147,6 @@ def _summary(table: "SuiteTable") -> Iterator[str]:
     if rivals:
         why = sorted({str(one["why"]) for one in table.unpaired})
         yield f"{table.suite}: not compared, since {' or '.join(why)}: {', '.join(rivals)}"
-    if table.differences:
-        yield (
-            "Each interval holds for itself: of 20 metrics without any difference one is expected "
-            "to show one."
-        )
 
 
 def _value(value: "Value | None") -> str:

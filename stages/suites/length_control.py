@@ -19,13 +19,16 @@ def length_controlled(wins: Floats, lengths: Floats, other_lengths: Floats) -> F
     """Return a value of each example, whose mean is the win rate at equal lengths.
 
     An example's value differs from the mean by its influence on it, so that intervals and paired
-    differences of such means can be had as of any other. Values can lie outside of 0..1.
+    differences of such means can be had as of any other. Values can lie outside of 0..1. Where all
+    is won, or all lost, length explains nothing: the values are the wins, with their interval.
 
     Args:
         wins: 1 for a win, 0 for a loss, or what is between; shape (examples,).
         lengths: of our answers.
         other_lengths: of those that they are compared with.
     """
+    if wins.min() == wins.max():
+        return wins.copy()
     features = _features(lengths - other_lengths)
     coefficients = fit(wins, features)
     probabilities = _sigmoid(features @ coefficients)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "prepare", "sft", "generate", "reward", "pair", "score", "train", "evaluate", "promote",
     "run", "init", "opponent", "adapted", "converged", "status", "verify", "push", "pull",
-    "show", "lineage", "diff", "reproduce", "version", "config show", "config list",
+    "show", "lineage", "diff", "reproduce", "compare", "version", "config show", "config list",
 ]  # fmt: skip
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from spin_cli.app import app
 from stages import suite
 from stages.artifacts import Manifest, open_artifact, read_rows
 from stages.config import RunConfig
@@ -162,6 +164,21 @@ def test_scores_come_back_overall_by_turn_and_by_category(
     said = open_artifact(tmp_path / "out").file("judgements.jsonl").read_text()
     assert "Rating: [[2]]" in said
     assert "tstamp" not in said
+
+
+def test_the_command_line_reads_judgements_back_without_a_model(
+    tmp_path: Path, asked: tuple[Path, Replies]
+) -> None:
+    answers, _ = asked
+    judged = write_lines(tmp_path / "j.jsonl", judgements(answers, q81_1=9))
+    recipe = tmp_path / "recipe.yaml"
+    # The recipe's own model is another one, and not asked for.
+    recipe.write_text("model: {path: nowhere}\nsuites: {mt: {kind: mt_bench}}\n")
+    words = ["evaluate", "--suite", "mt", "--config", recipe, "--answers", answers,
+             "--judged", judged, "--out", tmp_path / "out"]  # fmt: skip
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert open_artifact(tmp_path / "out").manifest.metrics["score_writing"] == 7
 
 
 def test_what_has_no_rating_is_left_out_and_counted(

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from spin_cli.app import app
 from stages import suite
 from stages.artifacts import Manifest, open_artifact, read_rows
 from stages.config import RunConfig
@@ -233,6 +235,21 @@ def test_the_model_is_asked_where_there_are_no_answers_and_its_evaluation_says_t
     assert {sampling.temperature for _, sampling in greedy.asked.values()} == {0.0}
 
 
+def test_the_command_line_takes_given_answers_without_a_model(
+    tmp_path: Path, sides: tuple[Path, Path, Path]
+) -> None:
+    data, ours, theirs = sides
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: nowhere}\nreward: {name: gsm8k}\nsuites: {duel: {kind: win_rate}}\n"
+    )
+    words = ["evaluate", "--suite", "duel", "--config", recipe, "--data", data,
+             "--answers", ours, "--against", theirs, "--out", tmp_path / "out"]  # fmt: skip
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert wins(tmp_path / "out") == {1: 0.5, 2: 1.0, 3: 0.0, 4: 0.5}
+
+
 def test_another_suites_answers_will_do(
     tmp_path: Path, sides: tuple[Path, Path, Path], tiny_model_dir: Path
 ) -> None:
@@ -323,6 +340,13 @@ def test_without_a_pull_of_length_the_win_rate_stays_what_it_was() -> None:
     assert length_controlled(wins, ours, other).mean() == pytest.approx(wins.mean(), abs=0.01)
     same = np.full(len(wins), 100.0)
     assert length_controlled(wins, same, same).mean() == pytest.approx(wins.mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("win", [0.0, 0.5, 1.0])
+def test_where_all_is_won_or_lost_the_interval_is_that_of_the_win_rate(win: float) -> None:
+    wins, ours, other = np.full(10, win), np.arange(10.0), np.arange(10.0)[::-1]
+    values = length_controlled(wins, ours, other)
+    assert interval(values, np.ones(10)) == interval(wins, np.ones(10))
 
 
 def test_the_regression_is_where_its_likelihood_is_highest() -> None:
