@@ -1,6 +1,7 @@
 """The gate, the pointer that follows it, and who plays whom after a refusal."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,23 @@ import pytest
 
 from stages import promote
 from stages.alarms import FiredAlarm
-from stages.artifacts import Manifest, Outcome, Plan, open_artifact, produce, read_manifest
+from stages.artifacts import (
+    Manifest,
+    Outcome,
+    Plan,
+    Workspace,
+    open_artifact,
+    produce,
+    read_manifest,
+)
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import InputRef
 from stages.artifacts.pointer import read_pointer
 from stages.config import PromoteConfig
+from stages.data.measures import Measure, write_measures
 from stages.decisions import opponent_of, read_decision
-from stages.evidence import find_evidence
 from stages.errors import ConfigError, CorruptError, GateRefusedError, InputError
+from stages.evidence import find_evidence, recorded_evidence
 from stages.layout import RunLayout
 from stages.recipe import Recipe, load_recipe
 from stages.run_record import start_or_resume
@@ -451,3 +461,175 @@ class TestWhoPlaysWhom:
         layout, recipe = new_run(tmp_path)
         with pytest.raises(InputError, match="iteration 0 is not decided yet; run: spin promote"):
             opponent_of(layout, recipe, 1)
+
+
+class TestGates:
+    """Conditions on paired examples, on artifacts of a run."""
+
+    def run(self, folder: Path, gate: str, *more: str) -> tuple[RunLayout, Recipe]:
+        layout = RunLayout(folder / "run")
+        words = ["sft.init=random", f"promote.metric={METRIC}", f"promote.gate={gate}", *more]
+        recipe = load_recipe(None, words)
+        start_or_resume(layout, recipe)
+        make(layout.sft, "sft")
+        self.measure(layout, layout.sft, layout.start_evaluation, range(60))
+        return layout, recipe
+
+    def measure(
+        self,
+        layout: RunLayout,
+        model: Path,
+        out: Path,
+        right: Iterable[int],
+        stage: str = "evaluate",
+        settings: dict[str, Any] | None = None,
+        **inputs: InputRef,
+    ) -> None:
+        """Evaluate a model that answers those of 200 prompts right."""
+        known = set(right)
+        found = [Measure(f"p{i}", METRIC, float(i in known)) for i in range(200)]
+
+        def fill(space: Workspace) -> Outcome:
+            metrics = write_measures(space, found, {"sampled_mean_tokens": 20.0})
+            return Outcome(counts={}, metrics=metrics)
+
+        refs = {"model": open_artifact(model).input_ref(layout.root), **inputs}
+        produce(out, Plan(stage, 3, {"asked": str(out.name), **(settings or {})}, refs), fill)
+
+    def play(
+        self, layout: RunLayout, iteration: int, right: Iterable[int], opponent: Path | None = None
+    ) -> None:
+        model = layout.stage(iteration, "train")
+        ref = open_artifact(opponent or layout.sft).input_ref(layout.root)
+        make(model, "train", model=ref)
+        out = layout.stage(iteration, "evaluate")
+        self.measure(layout, model, out, right, opponent=ref)
+
+    def test_a_decision_holds_every_figure_and_the_gain(self, tmp_path: Path) -> None:
+        layout, recipe = self.run(tmp_path, f"{{better: {{metric: {METRIC}}}}}")
+        self.play(layout, 0, range(80))
+        assert decide(layout, recipe, 0)
+        decision = read_decision(layout.stage(0, "promote"))
+        assert decision.reasons == [
+            f"{METRIC} is 0.4",
+            f"{METRIC} is better than the start's: +10.0 points (95% lower bound +7.0), McNemar p "
+            "4.8e-07, 20 won, 0 lost of 200",
+        ]
+        assert decision.verdict is not None
+        assert decision.verdict["kind"] == "all"
+        kinds = [child["kind"] for child in decision.verdict["children"]]
+        assert kinds == ["alarms_clear", "min_value", "better"]
+        figures = decision.verdict["children"][2]["figures"]
+        assert (figures["wins"], figures["rival"], figures["method"]) == (
+            20, "start/evaluate", "mcnemar",
+        )  # fmt: skip
+        assert decision.gain is not None
+        assert (decision.gain["gain"], decision.gain["confidence"]) == (pytest.approx(0.1), 0.95)
+        assert decision.gain["rival"] == "start/evaluate"
+
+    def test_a_gain_is_told_without_any_gate(self, tmp_path: Path) -> None:
+        layout, recipe = self.run(tmp_path, "null", "promote.min_gain=0.01")
+        self.play(layout, 0, range(55))
+        assert not decide(layout, recipe, 0)
+        decision = read_decision(layout.stage(0, "promote"))
+        assert decision.gain is not None
+        assert (decision.gain["losses"], decision.gain["gain"]) == (5, pytest.approx(-0.025))
+        assert decision.verdict is not None
+        failed = [c["kind"] for c in decision.verdict["children"] if not c["passed"]]
+        assert failed == ["min_gain"]
+
+    def test_each_rival_is_found(self, tmp_path: Path) -> None:
+        each = ", ".join(
+            f"{{not_worse: {{metric: {METRIC}, margin: 0.9, against: {rival}}}}}"
+            for rival in ("champion", "opponent", "start")
+        )
+        gate = f"{{all: [{each}]}}"
+        layout, recipe = self.run(tmp_path, gate, "promote.on_refusal=player")
+        self.play(layout, 0, range(80))
+        assert decide(layout, recipe, 0)
+        # refused for its accuracy, and yet the next opponent
+        self.play(layout, 1, range(70), layout.stage(0, "train"))
+        assert not decide(layout, recipe.with_overrides(["promote.min_value=0.39"]), 1)
+        self.play(layout, 2, range(90), layout.stage(1, "train"))
+        assert decide(layout, recipe, 2)
+        decision = read_decision(layout.stage(2, "promote"))
+        assert decision.verdict is not None
+        asked = decision.verdict["children"][-1]["children"]
+        assert [(c["figures"]["against"], c["figures"]["rival"]) for c in asked] == [
+            ("champion", "000/evaluate"), ("opponent", "001/evaluate"), ("start", "start/evaluate"),
+        ]  # fmt: skip
+        inputs = read_manifest(layout.stage(2, "promote")).inputs
+        assert {name: ref.path for name, ref in inputs.items() if name != "evaluation"} == {
+            "champion_evaluation": "iterations/000/evaluate",
+            "opponent_evaluation": "iterations/001/evaluate",
+            "start_evaluation": "start/evaluate",
+        }
+
+    def test_a_decision_stays_what_it_was_whoever_is_champion_now(self, tmp_path: Path) -> None:
+        layout, recipe = self.run(tmp_path, f"{{better: {{metric: {METRIC}}}}}")
+        for iteration, right in enumerate([80, 110]):
+            self.play(layout, iteration, range(right))
+            assert decide(layout, recipe, iteration)
+        keys = [read_manifest(layout.stage(t, "promote")).key for t in range(2)]
+        promote.rollback(layout)
+        for iteration in range(2):
+            assert decide(layout, recipe, iteration)
+        assert keys == [read_manifest(layout.stage(t, "promote")).key for t in range(2)]
+        found = recorded_evidence(layout, read_manifest(layout.stage(1, "promote")))
+        assert found == find_evidence(layout, recipe.for_iteration(1).promote, 1)
+
+    def test_a_suite_is_asked_of_both(self, tmp_path: Path) -> None:
+        suite = "suites.gsm={kind: task, reward: {name: gsm8k}}"
+        gate = f"{{better: {{metric: gsm.{METRIC}}}}}"
+        layout, recipe = self.run(tmp_path, gate, suite)
+        self.play(layout, 0, range(60))
+        with pytest.raises(
+            InputError, match=r"asks for .*000/suite-gsm, which is missing; make it"
+        ):
+            decide(layout, recipe, 0)
+        place, model = layout.suite(0, "gsm"), layout.stage(0, "train")
+        self.measure(layout, model, place, range(50), "suite")
+        with pytest.raises(InputError, match=r"asks for .*start/suite-gsm, which is missing"):
+            decide(layout, recipe, 0)
+        self.measure(layout, layout.sft, layout.suite(None, "gsm"), range(30), "suite")
+        assert decide(layout, recipe, 0)
+        assert f"gsm.{METRIC} is better than the start's: +10.0" in champion_reason(layout)
+        inputs = read_manifest(layout.stage(0, "promote")).inputs
+        assert {"suite_gsm", "champion_suite_gsm"} <= inputs.keys()
+        found = recorded_evidence(layout, read_manifest(layout.stage(0, "promote")))
+        assert found == find_evidence(layout, recipe.for_iteration(0).promote, 0)
+
+    def test_a_suite_of_another_model_is_refused(self, tmp_path: Path) -> None:
+        suite = "suites.gsm={kind: task, reward: {name: gsm8k}}"
+        gate = f"{{at_least: {{metric: gsm.{METRIC}, value: 0.1}}}}"
+        layout, recipe = self.run(tmp_path, gate, suite)
+        self.play(layout, 0, range(60))
+        self.measure(layout, layout.sft, layout.suite(0, "gsm"), range(50), "suite")
+        with pytest.raises(InputError, match="suite-gsm is not of the model that"):
+            decide(layout, recipe, 0)
+
+    @pytest.mark.parametrize("gate", [f"{{better: {{metric: {METRIC}}}}}", "null"])
+    def test_what_was_measured_in_another_way_is_no_rival(self, gate: str, tmp_path: Path) -> None:
+        layout, recipe = self.run(tmp_path, gate)
+        model, out = layout.stage(0, "train"), layout.stage(0, "evaluate")
+        make(model, "train")
+        self.measure(layout, model, out, range(80), settings={"reward": {"name": "other"}})
+        if gate == "null":  # nothing asks for a gain, and so none is told
+            assert decide(layout, recipe, 0)
+            assert read_decision(layout.stage(0, "promote")).gain is None
+            return
+        with pytest.raises(InputError, match="was made with another reward than"):
+            decide(layout, recipe, 0)
+
+    def test_alarms_and_gates_are_told_together(self, tmp_path: Path) -> None:
+        gate = f"{{any: [{{better: {{metric: {METRIC}}}}}, {{alarms_clear: note}}]}}"
+        layout, recipe = self.run(tmp_path, gate)
+        self.play(layout, 0, range(58))
+        assert decide(layout, recipe, 0)
+        assert "no alarm fired" in champion_reason(layout)
+
+
+def champion_reason(layout: RunLayout) -> str:
+    pointer = read_pointer(layout.champion)
+    assert pointer is not None
+    return pointer.history[-1].reason
