@@ -95,6 +95,7 @@ class Replies:
 
     def open(self, config: Any, model_dir: Path, **limits: int) -> Engine:
         self.opened += 1
+        self.config = config
         self.limits = limits
         return self
 

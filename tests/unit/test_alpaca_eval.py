@@ -40,9 +40,9 @@ def config(instructions: Path | None, **settings: Any) -> RunConfig:
     return RunConfig.model_validate({"suites": {"alpaca": section}})
 
 
-def ask(out: Path, instructions: Path, model: Path, engine: Replies, **settings: Any) -> Manifest:
+def ask(out: Path, instructions: Path, model: Path, by: Replies, /, **settings: Any) -> Manifest:
     given = SuiteInputs("alpaca", str(model))
-    return suite.run(config(instructions, **settings), given, out, open_engine=engine.open)
+    return suite.run(config(instructions, **settings), given, out, open_engine=by.open)
 
 
 def read_back(out: Path, answers: Path, annotations: Any) -> Manifest:
@@ -97,6 +97,19 @@ def test_answers_are_exported_as_alpaca_eval_reads_them(answers: Path) -> None:
         ("00000", "koala", ANSWERS[0]), ("00001", "koala", ANSWERS[1]),
     ]  # fmt: skip
     assert open_artifact(answers).manifest.metrics["cut_off_share"] == 0
+
+
+def test_sampling_and_engine_are_the_suites_own(tmp_path: Path, tiny_model_dir: Path) -> None:
+    engine = Replies(tiny_model_dir, lambda _: "A")
+    own = {"temperature": 0.5, "top_p": 0.4, "top_k": 3, "max_new_tokens": 9,
+           "engine": {"dtype": "float32"}}  # fmt: skip
+    file = write_json(tmp_path / "alpaca_eval.json", INSTRUCTIONS)
+    manifest = ask(tmp_path / "out", file, tiny_model_dir, engine, **own)
+    [drawn] = {sampling for _, sampling in engine.asked.values()}
+    assert (drawn.temperature, drawn.top_p, drawn.top_k, drawn.max_new_tokens) == (0.5, 0.4, 3, 9)
+    assert engine.config.dtype == "float32"
+    write_json(file, INSTRUCTIONS[:3])
+    assert ask(tmp_path / "b", file, tiny_model_dir, engine, **own).key != manifest.key
 
 
 def test_preferences_come_back_as_win_rates(tmp_path: Path, answers: Path) -> None:

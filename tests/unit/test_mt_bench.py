@@ -39,9 +39,9 @@ def config(questions: Path | None, **settings: Any) -> RunConfig:
     return RunConfig.model_validate({"suites": {"mt": section}})
 
 
-def ask(out: Path, questions: Path, model: Path, engine: Any, **settings: Any) -> Manifest:
+def ask(out: Path, questions: Path, model: Path, by: Any, /, **settings: Any) -> Manifest:
     return suite.run(
-        config(questions, **settings), SuiteInputs("mt", str(model)), out, open_engine=engine.open
+        config(questions, **settings), SuiteInputs("mt", str(model)), out, open_engine=by.open
     )
 
 
@@ -138,6 +138,17 @@ def test_asking_again_gives_the_same_bytes(
     fewer = ask(tmp_path / "fewer", questions, tiny_model_dir, engine)
     hotter = ask(tmp_path / "hotter", questions, tiny_model_dir, engine, temperature=0.9)
     assert len({again.key, fewer.key, hotter.key}) == 3
+
+
+def test_sampling_and_engine_are_the_suites_own(
+    tmp_path: Path, questions: Path, tiny_model_dir: Path, asked: tuple[Path, Replies]
+) -> None:
+    engine = Replies(tiny_model_dir, lambda _: "A")
+    own = {"top_p": 0.5, "top_k": 3, "max_new_tokens": 9, "engine": {"dtype": "float32"}}
+    ask(tmp_path / "out", questions, tiny_model_dir, engine, **own)
+    assert {(s.top_p, s.top_k, s.max_new_tokens) for _, s in engine.asked.values()} == {(0.5, 3, 9)}
+    assert engine.config.dtype == "float32"
+    assert asked[1].config.dtype == "auto"
 
 
 def test_scores_come_back_overall_by_turn_and_by_category(
