@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from stages.errors import ConfigError, InputError
 from stages.layout import RunLayout
 from stages.lineage import Lineage, Node
 from stages.recipe import Recipe
-from stages.reproduce import Agreement, compare, recorded, replayed
+from stages.reproduce import Agreement, compare, recorded, replayed, threads_of
 from stages.run_record import read_recipe, start_or_resume
 
 if TYPE_CHECKING:
@@ -52,11 +52,12 @@ def replay(
     _check_models(original, recipe, verify)
     layout = RunLayout(folder)
     same: dict[str, bool] = {}
+    place = {"verify": verify, "threads": threads_of(original) or recipe.for_iteration().threads}
     with hold(layout.lock, f"run {layout.root}"):
         start_or_resume(layout, recipe)
         for node, manifest in original.made():
             step = step_of(node, original, layout, recipe)
-            made = _make(step, manifest, layout, recipe, verify)
+            made = _make(step, manifest, layout, recipe, place)
             agree = all(same.get(name, True) for name in node.inputs.values())
             found = compare(node.path, manifest, made, inputs_agree=agree, tolerance=tolerance)
             same[node.id] = found.same_bytes
@@ -115,13 +116,16 @@ def _inputs(node: Node, original: Lineage) -> dict[str, InputRef]:
 
 
 def _make(
-    step: Step, manifest: Manifest, layout: RunLayout, recipe: Recipe, verify: bool
+    step: Step,
+    manifest: Manifest,
+    layout: RunLayout,
+    recipe: Recipe,
+    place: Mapping[str, bool | int | None],
 ) -> Manifest:
     used = recorded(recipe, manifest, step.iteration)
     for name, value in replayed(recipe, used).items():
         log.info("%s: %s=%s, as it was", step.title(), name, value)
-    config = used.for_iteration(step.iteration)
-    config = config if verify else config.model_copy(update={"verify": False})
+    config = used.for_iteration(step.iteration).model_copy(update=place)
     if step.stage == "promote":
         from stages import promote
 

@@ -96,6 +96,15 @@ def chain(subject: Subject) -> Lineage:
     return found
 
 
+def threads_of(original: Lineage) -> int | None:
+    """Return the number of CPU threads that a chain was computed with, as far as it is one.
+
+    Matrix products sum in another order with another number, and bytes follow.
+    """
+    found = {m.info["threads"] for _, m in original.made() if "threads" in m.info}
+    return int(found.pop()) if len(found) == 1 else None
+
+
 def recorded(recipe: Recipe, manifest: Manifest, iteration: int | None) -> Recipe:
     """Return the recipe with what decided an artifact, where that is not what the recipe says.
 

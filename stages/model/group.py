@@ -132,10 +132,14 @@ class Resources:
     """The most memory that the rank had at a time."""
     peak_gpu_memory_bytes: int | None
     """The same of its GPU, None without one."""
+    threads: int | None = None
+    """Of a CPU that computes: sums come out otherwise with another number. None on a GPU."""
 
     def info(self) -> dict[str, int]:
         """Return what a manifest tells of it."""
         found = {"processes": self.processes}
+        if self.threads is not None:
+            found["threads"] = self.threads
         if self.peak_gpu_memory_bytes is not None:
             found["peak_gpu_memory_bytes"] = self.peak_gpu_memory_bytes
         return found
@@ -143,12 +147,13 @@ class Resources:
 
 def resources(group: Group) -> Resources:
     """Return what this rank took until now."""
+    import torch
+
     gpu = None
     if group.device.type == "cuda":
-        import torch
-
         gpu = torch.cuda.max_memory_allocated(group.device)
-    return Resources(group.num_ranks, peak_memory_bytes(), gpu)
+    threads = torch.get_num_threads() if group.device.type == "cpu" else None
+    return Resources(group.num_ranks, peak_memory_bytes(), gpu, threads)
 
 
 def is_launched() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from spin_cli.app import app
@@ -268,13 +269,39 @@ class TestTheVerdict:
         assert compare("x", one, other, tolerance=0.02).agrees is agrees
 
 
-def test_the_true_loop_agrees_in_every_byte(tmp_path: Path) -> None:
+def test_the_true_loop_agrees_in_every_byte_whatever_the_threads_of_this_process(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     spin("run", tmp_path / "tiny.yaml", "--run", tmp_path / "a", "--iterations", "2")
-    result = spin("reproduce", f"{tmp_path / 'a'}:1", "--in", tmp_path / "b")
+    threads = torch.get_num_threads()
+    assert read_manifest(tmp_path / "a/models/sft").info["threads"] == threads
+    torch.set_num_threads(threads + 1)
+    try:
+        result = spin("reproduce", f"{tmp_path / 'a'}:1", "--in", tmp_path / "b")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
     lines = result.stdout.splitlines()
     assert len(lines) == 14
     assert all(line.endswith(": same bytes") for line in lines), result.stdout
     assert "all agree: 14 of 14 in every byte" in result.stderr
     made = hashes(tmp_path / "b")
     assert made == {name: hashes(tmp_path / "a")[name] for name in made}
+
+
+def test_decisions_on_paired_examples_and_suites_are_made_again(tmp_path: Path) -> None:
+    recipe = TINY.replace(
+        "promote: {", "promote: {gate: {any: [{better: {metric: sums.greedy_accuracy}}, "
+        "{not_worse: {metric: sums.greedy_accuracy, margin: 0.9, against: start}}]}, "
+    )  # fmt: skip
+    suites = "suites: {sums: {kind: task, num_samples: 0, max_new_tokens: 16}}\n"
+    (tmp_path / "tiny.yaml").write_text(recipe + suites)
+    spin("run", tmp_path / "tiny.yaml", "--run", tmp_path / "a", "--iterations", "1")
+    out = "iterations/000/promote"
+    inputs = read_manifest(tmp_path / "a" / out).inputs
+    assert {"suite_sums", "champion_suite_sums", "start_suite_sums"} <= inputs.keys()
+    result = spin("reproduce", tmp_path / "a" / out, "--in", tmp_path / "b")
+    assert f"{out}: same bytes" in result.stdout
+    assert "start/suite-sums: same bytes" in result.stdout
+    assert "all agree" in result.stderr
