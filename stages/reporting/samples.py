@@ -126,12 +126,12 @@ def samples_block(
     places = list(_places(layout))
     evaluations = []
     for name, place in places:
-        with _telling(problems):
+        with _telling(problems, layout):
             artifact = open_artifact(place, stages=("evaluate",), verify=verify)
             share = limits.characters // len(places)
             evaluations.append(_evaluation(name, artifact, prompts, limits, share))
     texts: Sequence[Any] = [None] * len(prompts.numbers)
-    with _telling(problems):
+    with _telling(problems, layout):
         if prompts.numbers:
             texts = _prompt_texts(layout, verify, prompts, limits, problems)
     packed = {
@@ -198,12 +198,12 @@ def _places(layout: RunLayout) -> Iterator[tuple[str, Path]]:
 
 
 @contextmanager
-def _telling(problems: list[str]) -> Iterator[None]:
-    """Note what is wrong with an artifact: a report of the rest is worth having."""
+def _telling(problems: list[str], layout: RunLayout) -> Iterator[None]:
+    """Note what is wrong with an artifact, its path relative to the run; go on with the rest."""
     try:
         yield
     except SpinError as error:
-        problems.append(str(error))
+        problems.append(str(error).replace(f"{layout.root}/", ""))
 
 
 def _evaluation(
@@ -296,6 +296,6 @@ def _prompt_texts(
     if missing:
         problems.append(
             f"report: {len(missing)} of {len(texts)} evaluated prompts, such as {missing[0]}, are "
-            f"not held out in {data.path}; it was made anew since: evaluate again"
+            f"not held out in {layout.relative(data.path)}; it was made anew since: evaluate again"
         )
     return texts
