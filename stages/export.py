@@ -282,10 +282,23 @@ def _verdict(layout: RunLayout, iteration: int, champion: str | None) -> tuple[s
     if not (out / MANIFEST_NAME).is_file():
         return "not decided", []
     decision = read_decision(out)
+    reasons = [*decision.reasons, *_gain(decision.gain)]
     if not decision.promoted:
-        return "refused", decision.reasons
+        return "refused", reasons
     here = layout.relative(layout.stage(iteration, "train"))
-    return ("champion" if here == champion else "promoted"), decision.reasons
+    return ("champion" if here == champion else "promoted"), reasons
+
+
+def _gain(gain: Mapping[str, Any] | None) -> list[str]:
+    """Return in words what a decision says of the player against the champion before it."""
+    numbers = [(gain or {}).get(name) for name in ("gain", "low", "high")]
+    if gain is None or not all(isinstance(number, int | float) for number in numbers):
+        return []
+    value, low, high = numbers
+    return [
+        f"{gain.get('metric')} against the champion before, on the same examples: {value:+.4g} "
+        f"[{low:+.3g}, {high:+.3g}]"
+    ]
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:

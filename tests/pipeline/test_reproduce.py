@@ -127,6 +127,15 @@ class TestTheChain:
         assert set(verdicts(again("a/iterations/001/train")).values()) == {SAME}
         assert not Path("b/iterations/000/evaluate").exists()
 
+    def test_so_are_rates_that_refusals_lowered(self) -> None:
+        fake_stages.accuracy_by_model["iterations/001/train"] = 0.1
+        play("promote.on_refusal=retry")
+        trained = [read_manifest(Path(f"a/iterations/00{t}/train")).config for t in (1, 2)]
+        rates = [config["train"]["learning_rate"] for config in trained]
+        assert rates[1] == rates[0] / 2, "the test needs a retry"
+        assert set(verdicts(again("a/iterations/002/train")).values()) == {SAME}
+        assert not Path("b/iterations/001").exists()
+
     def test_alarms_are_those_of_before_an_amendment(self) -> None:
         alarm = "alarms.identical_share"  # the fakes' is 0.5
         play(f"{alarm}.threshold=0.4", f"{alarm}.action=refuse", iterations=1)

@@ -111,6 +111,7 @@ def new_run(
         decision = {
             "promoted": value > 0.65, "metric": METRIC, "value": value, "champion_value": 0.5,
             "min_value": None, "min_gain": 0.0, "reasons": [f"{METRIC} is {value}", name],
+            "gain": {"metric": METRIC, "gain": value - 0.5, "low": 0.05, "high": 0.25},
         }  # fmt: skip
         make(layout.stage(iteration, "promote"), "promote", {"decision.json": decision})
         if decision["promoted"]:
@@ -276,7 +277,8 @@ class TestTheCard:
         assert "It is the champion of its run." in text
         assert "| start | 0.5 [0.45, 0.55] | 1 |" in text
         assert "| **iteration 0** | 0.7 [0.65, 0.75] | 1 |" in text
-        assert "| 0 | champion | `sampled_accuracy is 0.7`<br>`mine` |" in text
+        assert "| 0 | champion | `sampled_accuracy is 0.7`<br>`mine`<br>`sampled_accuracy " in text
+        assert "on the same examples: +0.2 [+0.05, +0.25]` |" in text
         train, data = read_manifest(layout.stage(0, "train")), read_manifest(layout.data)
         assert train.key[:12] in text
         assert data.content() in text
