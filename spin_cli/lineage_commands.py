@@ -75,6 +75,11 @@ def diff(
 
 def reproduce(
     artifact: Subject,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that only name places or change "
+                       "speed, such as model.path on this machine."),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option("--in", metavar="DIR", help="The run directory to work in; what is there "
@@ -111,7 +116,10 @@ def reproduce(
         say(f"made by other code than this: {line}")
     say(f"{artifact}: {len(list(original.made()))} artifacts are made again in {place}")
     found = []
-    for each in replay(original, place, tolerance=tolerance, verify=not no_verify):
+    steps = replay(
+        original, place, tolerance=tolerance, overrides=overrides or [], verify=not no_verify
+    )
+    for each in steps:
         found.append(each)
         if not as_json:
             put(f"{each.place}: {each.text()}")

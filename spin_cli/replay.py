@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from stages.layout import RunLayout
 from stages.lineage import Lineage, Node
 from stages.recipe import Recipe
 from stages.reproduce import Agreement, compare, recorded, replayed, threads_of
-from stages.run_record import read_recipe, start_or_resume
+from stages.run_record import first_difference, read_recipe, start_or_resume
 
 if TYPE_CHECKING:
     from stages.evidence import PromoteInputs
@@ -35,19 +35,29 @@ _SHOWN_CHARS = 19
 
 
 def replay(
-    original: Lineage, folder: Path, *, tolerance: float, verify: bool = True
+    original: Lineage,
+    folder: Path,
+    *,
+    tolerance: float,
+    overrides: Sequence[str] = (),
+    verify: bool = True,
 ) -> Iterator[Agreement]:
     """Make a chain again in the run directory `folder`, and compare each artifact when it is made.
 
     What is there already, from an earlier call, is not made again.
 
+    Args:
+        overrides: settings that name places or change speed, such as where the start model lies
+            on this machine.
+
     Raises:
-        ConfigError: the place is taken, or lies in the original run.
+        ConfigError: the place is taken, or lies in the original run; or an override would decide
+            a result.
         InputError: a model from outside of the run is not there any more, or is another now.
         BusyError: another process is at work there.
     """
     assert original.root is not None, "chains are those of runs"
-    recipe = read_recipe(RunLayout(original.root))
+    recipe = _with_places(read_recipe(RunLayout(original.root)), overrides)
     _check_place(folder, original.root)
     _check_models(original, recipe, verify)
     layout = RunLayout(folder)
@@ -62,6 +72,17 @@ def replay(
             found = compare(node.path, manifest, made, inputs_agree=agree, tolerance=tolerance)
             same[node.id] = found.same_bytes
             yield found
+
+
+def _with_places(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    moved = recipe.with_overrides(overrides)
+    difference = first_difference(recipe, moved)
+    if difference is not None:
+        raise ConfigError(
+            f"a reproduction has the settings of the original, and only places and speed may be "
+            f"others: {difference}; leave that out"
+        )
+    return moved
 
 
 def step_of(node: Node, original: Lineage, layout: RunLayout, recipe: Recipe) -> Step:
@@ -185,4 +206,4 @@ def _check_models(original: Lineage, recipe: Recipe, verify: bool) -> None:
 
 def _other_model(node: Node, ref: InputRef, why: str) -> InputError:
     used = f"the model {ref.path} (key {ref.key[:_SHOWN_CHARS]})"
-    return InputError(f"{node.path} was made from {used}, but {why}; put that model back")
+    return InputError(f"{node.path} was made from {used}, but {why}; put it back, or name it: model.path=PATH")

@@ -204,6 +204,16 @@ class TestRefusals:
         spin("init", "other", "--config", "recipe.yaml", "seed=9")
         assert "another recipe: seed" in spin("reproduce", "a", "--in", "other", expect=2).stderr
 
+    def test_settings_may_name_other_places_and_decide_nothing(self) -> None:
+        play(iterations=1)
+        result = spin("reproduce", "a", "train.beta=9", "--in", "b", expect=2)
+        assert "only places and speed may be others: train.beta: 0.1 there, 9.0 now" in (
+            result.stderr
+        )
+        assert not Path("b").exists()
+        again("a", "train.processes=1", "model.path=elsewhere")
+        again("a")
+
     def test_without_a_place_it_is_beside_the_run(self) -> None:
         play(iterations=0)
         spin("reproduce", "a/data")
@@ -233,7 +243,7 @@ class TestRefusals:
         # the fakes give a model from outside a key of its name, which is no hash of it
         result = spin("reproduce", "a/models/sft", "--in", "b", expect=3)
         assert "models/sft was made from the model start" in result.stderr
-        assert "put that model back" in result.stderr
+        assert "put it back, or name it: model.path=PATH" in result.stderr
 
 
 def manifest_of(folder: Path, stage: str, text: str, **figures: Any) -> Manifest:
