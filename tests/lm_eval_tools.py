@@ -84,6 +84,6 @@ def make_tasks(folder: Path, **more: str) -> Path:
     folder.mkdir(parents=True)
     for name, text in {"choice": CHOICE, "written": WRITTEN, **more}.items():
         (folder / f"{name}.yaml").write_text(text)
-    (folder / "train.jsonl").write_text(documents(100, 120))
+    (folder / "train.jsonl").write_text(documents(100, 140))
     (folder / "test.jsonl").write_text(documents(0, 12))
     return folder

@@ -20,7 +20,7 @@ from stages.suites import lm_eval, lm_eval_child
 from stages.suites.base import SuiteInputs
 from stages.suites.lm_eval_found import AVERAGE, HEADLINES, Found
 from stages.suites.lm_eval_process import Library
-from tests.lm_eval_tools import BOTH, CHOICE, library_or_skip, make_tasks
+from tests.lm_eval_tools import BOTH, CHOICE, WRITTEN, library_or_skip, make_tasks
 from tests.lora_tools import make_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -385,6 +385,39 @@ def test_groups_functions_and_metrics_that_are_no_means(
     assert set(done.config["asked"]) == {"choice", "second"}
     assert done.config["asked"]["choice"]["version"] == "1.5"
     assert done.fingerprints.keys() == {"template", "tokenizer"}
+
+
+def test_the_leaderboard_is_asked_with_its_few_shot_settings(
+    home: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    def named(name: str, text: str = CHOICE) -> str:
+        return text.replace("task: choice", f"task: {name}")
+
+    gsm8k = WRITTEN.replace("task: written", "task: gsm8k").replace("num_fewshot: 2\n", "")
+    fixed = CHOICE + "num_fewshot: 0\n"
+    tasks = make_tasks(
+        tmp_path / "tasks",
+        **{name: named(name) for name in ("arc_challenge", "hellaswag", "winogrande")},
+        **{f"mmlu_{name}": named(f"mmlu_{name}") for name in ("law", "art")},
+        truthfulqa=named("truthfulqa_mc2", fixed),
+        gsm8k=gsm8k.replace("name: whole", "name: strict-match"),
+        mmlu="group: mmlu\ntask: [mmlu_law, mmlu_art]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
+    )
+    out = tmp_path / "out"
+    done = ask(tiny_model_dir, out, tasks=[LEADERBOARD], task_dir=str(tasks), limit=2)
+    shots = {"arc_challenge": 25, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10,
+             "mmlu_law": 5, "mmlu_art": 5}  # fmt: skip
+    assert {task: about["num_fewshot"] for task, about in done.config["asked"].items()} == shots
+    for row in read_rows([out / "examples.parquet"], SUITE_EXAMPLES):
+        assert row["prompt"].count("Answer:") == shots[row["task"]] + 1
+    headlines = [
+        "arc_challenge.acc_norm", "truthfulqa_mc2.acc", "winogrande.acc",
+        "gsm8k.exact_match.strict-match", "hellaswag.acc_norm", "mmlu.acc",
+    ]  # fmt: skip
+    average = sum(float(done.metrics[name] or 0) for name in headlines) / 6
+    assert done.metrics[AVERAGE] == pytest.approx(average, abs=1e-12)
+    assert read_measures(open_artifact(out))[AVERAGE].mean() == pytest.approx(average, abs=1e-12)
 
 
 def test_another_task_file_function_document_or_few_shot_example_is_another_artifact(
