@@ -1,12 +1,16 @@
 """Where an artifact comes from, how two differ, and whether it can be made again."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spin_cli.options import Json, NoVerify, Quiet, Verbose, example
 from spin_cli.screen import put, put_json, say, set_up_messages
+
+if TYPE_CHECKING:
+    from stages.reproduce import Agreement
 
 Subject = Annotated[
     str,
@@ -103,7 +107,6 @@ def reproduce(
     """
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.replay import replay
-    from stages.errors import DivergedError
     from stages.reproduce import chain, other_makers
     from stages.subjects import find_subject
 
@@ -123,28 +126,34 @@ def reproduce(
         found.append(each)
         if not as_json:
             put(f"{each.place}: {each.text()}")
-    apart = [each.place for each in found if not each.agrees]
     if as_json:
         put_json(
             {
                 "artifact": artifact,
                 "in": str(place),
-                "agrees": not apart,
+                "agrees": all(each.agrees for each in found),
                 "tolerance": tolerance,
                 "other_makers": makers,
                 "artifacts": [each.to_json() for each in found],
             }
         )
+    _end_reproduction(root, place, found, tolerance)
+
+
+def _end_reproduction(
+    root: Path, place: Path, found: "Sequence[Agreement]", tolerance: float
+) -> None:
+    from stages.errors import DivergedError
+
+    apart = [each.place for each in found if not each.agrees]
     if apart:
         raise DivergedError(
             f"{place}: {len(apart)} of {len(found)} artifacts do not agree with the original, "
             f"{apart[0]} first; compare them: spin diff {root / apart[0]} {place / apart[0]}"
         )
     equal = sum(each.same_bytes for each in found)
-    say(
-        f"{place}: all agree: {equal} of {len(found)} in every byte"
-        + (f", the others in metrics within {tolerance:g}" if equal < len(found) else "")
-    )
+    others = f", the others in metrics within {tolerance:g}" if equal < len(found) else ""
+    say(f"{place}: all agree: {equal} of {len(found)} in every byte{others}")
 
 
 def export_player(

@@ -206,4 +206,6 @@ def _check_models(original: Lineage, recipe: Recipe, verify: bool) -> None:
 
 def _other_model(node: Node, ref: InputRef, why: str) -> InputError:
     used = f"the model {ref.path} (key {ref.key[:_SHOWN_CHARS]})"
-    return InputError(f"{node.path} was made from {used}, but {why}; put it back, or name it: model.path=PATH")
+    return InputError(
+        f"{node.path} was made from {used}, but {why}; put it back, or name it: model.path=PATH"
+    )
