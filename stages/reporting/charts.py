@@ -59,21 +59,18 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 class Line:
     """One line of a panel; with `lows` and `highs` each point has an interval."""
 
-    name: str
     role: str
     xs: tuple[float, ...]
     ys: tuple[float, ...]
     lows: tuple[float, ...] = ()
     highs: tuple[float, ...] = ()
     dots: bool = False
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Lines:
     """A panel of lines over iterations or steps."""
 
-    title: str
     description: str
     lines: tuple[Line, ...]
     x_label: str
@@ -97,7 +94,6 @@ class Histogram:
 class Histograms:
     """A panel of outlined histograms over each other."""
 
-    title: str
     description: str
     edges: tuple[float, ...]
     groups: tuple[Histogram, ...]
@@ -118,7 +114,6 @@ class Spread:
 class Spreads:
     """A panel of spreads over iterations."""
 
-    title: str
     description: str
     groups: tuple[Spread, ...]
     x_names: tuple[tuple[float, str], ...]
@@ -128,7 +123,6 @@ class Spreads:
 class FlowPanel:
     """A panel of the flow from prompts to pairs."""
 
-    title: str
     description: str
     flow: Flow
 
@@ -137,7 +131,6 @@ class FlowPanel:
 class Bars:
     """A panel of horizontal bars, each with its value written beside it."""
 
-    title: str
     description: str
     bars: tuple[tuple[str, float, str], ...]
     """Name, value, and how the value is written."""
@@ -265,7 +258,6 @@ def _lines(axes: Axes, panel: Lines) -> None:
             line.ys,
             color=color,
             linewidth=1.7,
-            dashes=(4, 2) if line.dashed else (None, None),
             marker="o" if line.dots or len(line.xs) == 1 else None,
             markersize=4.2,
             markeredgewidth=0,
@@ -363,12 +355,12 @@ def _band_to(axes: Axes, flow: Flow, i: int, top: float, gap: float, scale: floa
     for lane, drop in enumerate(level.drops):
         width = drop.count * scale
         end = top + 13 + _LANE * lane
-        _band(axes, (right - width, width), (right - width, width), top, end, "bad")
-        _rectangle(axes, right - width, end, max(width, 1.0), 3, "bad", 0.9)
+        _band(axes, (right - width, width), (right - width, width), top, end, "muted")
+        _rectangle(axes, right - width, end, max(width, 1.0), 3, "muted", 0.9)
         text_x = _LEFT + _FLOW_WIDTH + 10
-        axes.plot([right, text_x - 4], [end + 1.5] * 2, color=_MARKS["bad"], linewidth=0.7)
+        axes.plot([right, text_x - 4], [end + 1.5] * 2, color=_MARKS["muted"], linewidth=0.7)
         label = f"{printable(drop.reason, 15)} {drop.count:,}"
-        axes.text(text_x, end + 5, label, color=_MARKS["bad"])
+        axes.text(text_x, end + 5, label, color=_MARKS["text"])
         right -= width
 
 

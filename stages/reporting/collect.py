@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stages.artifacts import Artifact, Manifest, open_artifact, read_rows
+import pyarrow.compute as pc
+
+from stages.artifacts import Artifact, Manifest, open_artifact, read_batches, read_rows
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, read_pointer
@@ -371,15 +373,22 @@ class _Reader:
 
         def read() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
             columns = [*_LENGTH_COLUMNS.values(), *_MARGIN_COLUMNS.values()]
-            rows = list(read_rows([artifact.file(EXAMPLES_FILE)], EXAMPLES, columns=columns))
-            lengths = {
-                side: [float(len(row[name])) for row in rows if row[name] is not None]
-                for side, name in _LENGTH_COLUMNS.items()
-            }
-            margins = {
-                side: [row[name] for row in rows if _is_number(row[name])]
-                for side, name in _MARGIN_COLUMNS.items()
-            }
+            found: dict[str, list[Any]] = {name: [] for name in columns}
+            path = artifact.file(EXAMPLES_FILE)
+            for batch in read_batches([path], EXAMPLES, columns=columns):
+                for name in columns:
+                    column = batch.column(name)
+                    is_tokens = name in _LENGTH_COLUMNS.values()
+                    found[name] += (
+                        pc.list_value_length(column) if is_tokens else column
+                    ).to_pylist()
+            lengths, margins = (
+                {
+                    side: [float(v) for v in found[name] if _is_number(v)]
+                    for side, name in of.items()
+                }
+                for of in (_LENGTH_COLUMNS, _MARGIN_COLUMNS)
+            )
             return _not_empty(lengths), _not_empty(margins)
 
         nothing: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})

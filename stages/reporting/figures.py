@@ -22,7 +22,7 @@ from stages.reporting.charts import (
     Spread,
     Spreads,
 )
-from stages.reporting.collect import SIDES, Evaluation, IterationView, RunView
+from stages.reporting.collect import SIDES, IterationView, RunView
 from stages.reporting.costs import Cost, Costs
 from stages.reporting.flow import Flow, flow
 
@@ -127,7 +127,6 @@ def _course_group(
             name,
             _METRICS.get(name, ""),
             Lines(
-                title=name,
                 description=_course_words(name, known[name], places),
                 lines=(known[name],),
                 x_label="iteration",
@@ -157,7 +156,6 @@ def _course_line(view: RunView, metric: str) -> Line | None:
     bounds = [known or (value, value) for _, value, known in points]
     has_bounds = any(known is not None for _, _, known in points)
     return Line(
-        metric,
         "player",
         tuple(float(x) for x, _, _ in points),
         tuple(value for _, value, _ in points),
@@ -195,7 +193,7 @@ def training(view: RunView) -> Group | None:
     panels = []
     for column, title, note in _CURVES:
         lines = tuple(
-            _curve(f"iteration {t.index}", role, t.steps["step"], t.steps[column])
+            _curve(role, t.steps["step"], t.steps[column])
             for t, role in zip(trained, roles, strict=True)
         )
         ends = "; ".join(
@@ -204,7 +202,6 @@ def training(view: RunView) -> Group | None:
             for t in trained
         )
         panel = Lines(
-            title=title,
             description=f"{title} by training step. {note}. {ends}.",
             lines=lines,
             x_label="step",
@@ -227,12 +224,11 @@ def supervised(view: RunView) -> Group | None:
             name.replace("grad_norm", "gradient norm"),
             note,
             Lines(
-                title=name,
                 description=(
                     f"{name} of supervised fine-tuning, from {numbers.number(steps[name][0])} to "
                     f"{numbers.number(steps[name][-1])}."
                 ),
-                lines=(_curve("sft", "human", steps["step"], steps[name]),),
+                lines=(_curve("human", steps["step"], steps[name]),),
                 x_label="step",
             ),
         )
@@ -253,13 +249,13 @@ def ramp(count: int) -> list[str]:
     return [f"ramp-{round(i * (RAMP - 1) / (count - 1))}" for i in range(count)]
 
 
-def _curve(name: str, role: str, xs: Sequence[float], ys: Sequence[float]) -> Line:
+def _curve(role: str, xs: Sequence[float], ys: Sequence[float]) -> Line:
     size = -(-len(xs) // MOST_POINTS)
     if size > 1:
         cuts = range(0, len(xs), size)
         xs = [float(np.mean(xs[at : at + size])) for at in cuts]
         ys = [float(np.mean(ys[at : at + size])) for at in cuts]
-    return Line(name, role, tuple(xs), tuple(ys))
+    return Line(role, tuple(xs), tuple(ys))
 
 
 def _training_table(trained: Iterable[IterationView]) -> Table:
@@ -337,7 +333,7 @@ def _spread_panel(
         f"{g.name}: {', '.join(_plain(quantiles[2]) for quantiles in g.quantiles)}" for g in groups
     )
     names = tuple((float(t), str(t)) for t in shapes)
-    panel = Spreads("", f"{note}, by iteration. Medians of {medians}.", tuple(groups), names)
+    panel = Spreads(f"{note}, by iteration. Medians of {medians}.", tuple(groups), names)
     return FigurePanel("by iteration", "median, middle half, middle 90%", panel)
 
 
@@ -359,9 +355,7 @@ def _histogram_panel(
     told = "; ".join(
         f"{group.name}: median {_plain(_quantiles(groups[group.name])[2])}" for group in outlined
     )
-    panel = Histograms(
-        f"iteration {index}", f"{note}, iteration {index}. {told}.", edges, outlined, unit
-    )
+    panel = Histograms(f"{note}, iteration {index}. {told}.", edges, outlined, unit)
     return FigurePanel(f"iteration {index}", "answers", panel)
 
 
@@ -430,7 +424,7 @@ def flows(view: RunView) -> Group | None:
         FigurePanel(
             f"iteration {t}",
             "",
-            FlowPanel(f"iteration {t}", _flow_words(t, found[t]), found[t]),
+            FlowPanel(_flow_words(t, found[t]), found[t]),
         )
         for t in sorted(found)[-MOST_PANELS:]
     )
@@ -469,9 +463,9 @@ def cost_groups(found: Costs) -> Group | None:
         for cost in found.iterations
     )  # fmt: skip
     panels = [
-        FigurePanel("by stage", "wall time", Bars("", _bar_words("stage", stages), stages)),
+        FigurePanel("by stage", "wall time", Bars(_bar_words("stage", stages), stages)),
         FigurePanel(
-            "by iteration", "wall time", Bars("", _bar_words("iteration", iterations), iterations)
+            "by iteration", "wall time", Bars(_bar_words("iteration", iterations), iterations)
         ),
     ]
     by_stage = Table(
@@ -507,9 +501,3 @@ def _cost_row(cost: Cost) -> tuple[str, ...]:
         numbers.size(cost.peak_memory_bytes),
         numbers.size(cost.peak_gpu_memory_bytes) if cost.peak_gpu_memory_bytes else numbers.MISSING,
     )
-
-
-def last_evaluation(view: RunView) -> Evaluation:
-    """Return the newest evaluation, which may be the start's."""
-    found = [t.evaluation for t in view.iterations if t.evaluation.metrics]
-    return found[-1] if found else view.start

@@ -158,7 +158,7 @@ def _after_decision(view: RunView, last: IterationView) -> Iterator[str]:
     most = config.stop.max_iterations if config else None
     played = len(view.iterations)
     if most is not None and played >= most:
-        yield f"All {most} iterations of stop.max_iterations are played."
+        yield f"{played} iterations are played, and stop.max_iterations is {most}: the run may end."
     else:
         yield (
             f"Iteration {last.index} was promoted: `spin run` with --iterations {played + 1} plays "

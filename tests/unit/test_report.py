@@ -409,11 +409,11 @@ def test_hostile_names_and_texts_stay_text(tmp_path: Path) -> None:
 
 def test_a_metric_of_any_name_can_be_drawn() -> None:
     for name in [*ATTACKS, *hostile_texts(60, huge=100)]:
-        line = Line(name, "player", (0.0, 1.0), (0.5, 0.6))
-        panel = Lines(name, name, (line,), x_label=name, x_names=((0.0, name), (1.0, "1")))
+        line = Line("player", (0.0, 1.0), (0.5, 0.6))
+        panel = Lines(name, (line,), x_label=name, x_names=((0.0, name), (1.0, "1")))
         Page(draw(panel))
         assert "<script" not in draw(panel)
-        draw(Bars(name, name, ((name, 1.0, "1 s"),)))
+        draw(Bars(name, ((name, 1.0, "1 s"),)))
 
 
 def test_no_character_is_left_that_a_page_may_not_hold() -> None:
@@ -522,9 +522,9 @@ def test_a_report_writes_nothing_into_the_run(run: RunLayout) -> None:
 
 def test_a_panel_is_drawn_once() -> None:
     drawer = Drawer()
-    line = Line("a", "player", (0.0,), (1.0,))
-    panel = Lines("t", "d", (line,), "x")
-    same = Lines("t", "d", (line,), "x")
+    line = Line("player", (0.0,), (1.0,))
+    panel = Lines("d", (line,), "x")
+    same = Lines("d", (line,), "x")
     assert drawer.draw(panel) is drawer.draw(same)
     assert not re.search("#0a0[bc]", str(drawer.draw(panel))), "every mark became a class"
     assert "style=" not in drawer.draw(panel)
