@@ -89,12 +89,16 @@ def evaluate(layout: RunLayout, out: Path, model: InputRef, value: float) -> Non
 
 
 def new_run(
-    folder: Path, model: Path, name: str = "mine", start: InputRef | None = None
+    folder: Path,
+    model: Path,
+    name: str = "mine",
+    start: InputRef | None = None,
+    suites: dict[str, Any] | None = None,
 ) -> RunLayout:
     """A run of two iterations with whole models: the first is champion, the second refused."""
     layout = RunLayout(folder / "run")
     recipe = load_recipe(None, [f"promote.metric={METRIC}", "train.beta=0.3"])
-    recipe.base["name"] = name
+    recipe.base.update(name=name, suites=suites or {})
     start_or_resume(layout, recipe)
     info = {"source": name, "commits": {f"{name}@main": "0"}}
     data = make(layout.data, "prepare", {"a.json": {}}, info=info, fingerprints={"source": name})
@@ -288,6 +292,24 @@ class TestTheCard:
         lineage = json.loads((out / "lineage.json").read_text())
         assert {node["path"] for node in lineage["nodes"].values()} >= {"data", "models/sft"}
         assert "iteration 1" not in text, "what came later is not its own"
+
+    def test_suites_have_tables_of_their_own(self, tmp_path: Path, tiny_model_dir: Path) -> None:
+        suites = {"sums": {"kind": "task", "num_samples": 4, "k": [1, 4]}}
+        layout = new_run(tmp_path, tiny_model_dir, suites=suites)
+        for iteration, value in ((None, 0.25), (0, 0.5), (1, 0.75)):
+            files = {"metrics.json": {"pass@4": value, "prompts": 9},
+                     "intervals.json": {"pass@4": [value - 0.1, value + 0.1]}}  # fmt: skip
+            make(layout.suite(iteration, "sums"), "suite", files)
+        spin("promote", layout.root, "--export", tmp_path / "out")
+        text = card_of(tmp_path / "out")[1]
+        table = text.partition("Suite `sums`:\n\n")[2].partition("\n\n")[0].splitlines()
+        assert table == [
+            "| model | `pass@4` | `prompts` |",
+            "| --- | ---: | ---: |",
+            "| start | 0.25 [0.15, 0.35] | 9 |",
+            "| **iteration 0** | 0.5 [0.4, 0.6] | 9 |",
+        ]
+        assert "No other task was measured." not in text
 
     def test_a_refused_player_says_so(self, tmp_path: Path, tiny_model_dir: Path) -> None:
         layout, out = new_run(tmp_path, tiny_model_dir), tmp_path / "out"
