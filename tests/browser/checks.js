@@ -55,6 +55,9 @@
   // Layout: nothing is wider than the window, and no sample lies on another.
   const page = document.documentElement;
   if (page.scrollWidth > window.innerWidth) wrong.push(`the page is ${page.scrollWidth} wide`);
+  for (const node of all(".sample-body")) {
+    if (node.scrollWidth > node.clientWidth) wrong.push(`cut off at its side: ${name(node)}`);
+  }
   const boxes = all("article").map((node) => node.getBoundingClientRect());
   boxes.slice(1).forEach((box, i) => {
     if (box.top < boxes[i].bottom) wrong.push(`sample ${i + 2} lies on the one before`);
