@@ -71,7 +71,8 @@ class Agreement:
             return f"same bytes{key}"
         apart = [str(f) for f in self.figures if not f.agrees]
         if not self.agrees:
-            why = apart or [f"bytes of {_few(self.files)}, though its inputs are the same"]
+            though = "" if self.other_key else ", though its inputs are the same"
+            why = apart or [f"bytes of {_few(self.files)}{though}"]
             return f"DIFFERS: {_few(why, '; ')}{key}"
         near = f", {len(self.figures)} not quite" if self.figures else ""
         return f"same metrics{near}; other bytes in {_few(self.files)}{key}"
