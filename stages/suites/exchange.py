@@ -151,7 +151,22 @@ def field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], wher
     if not isinstance(value, kind) or isinstance(value, bool):
         seen = f"is {json.dumps(value)[:60]}" if name in row else "is not there"
         raise InputError(f"{where}: {name} {seen}; is it the file you meant?")
+    check_text(value, f"{where}: {name}")
     return value
+
+
+def check_text(value: object, where: str) -> None:
+    """Check that a text, or the texts of a list, can be written to a table.
+
+    Raises:
+        InputError: one holds half of a surrogate pair.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{where} is no valid Unicode; mend the file") from None
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

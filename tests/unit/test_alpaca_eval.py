@@ -185,6 +185,7 @@ def test_answers_are_known_by_their_texts_where_the_annotator_gave_another_name(
         ({"preference": 0.5}, "preference 0.5 is not from 1 to 2"),
         ({"preference": "2"}, 'preference is "2"'),
         ({"output_1": None}, "output_1 is null"),
+        ({"output_1": "\udfff"}, "output_1 is no valid Unicode"),
     ],
 )
 def test_annotations_of_something_else_are_refused(

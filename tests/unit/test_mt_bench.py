@@ -297,6 +297,7 @@ def test_the_real_questions_are_read_and_all_their_categories_have_a_temperature
         ({"question_id": 1, "category": "math", "turns": ["one"]}, "turns is no list of 2 texts"),
         ({"question_id": 1, "category": "math", "turns": ["a", 2]}, "turns is no list of 2 texts"),
         ({"question_id": 1, "turns": ["a", "b"]}, "category is not there"),
+        ({"question_id": 1, "category": "math", "turns": ["a", "\ud800"]}, "no valid Unicode"),
         ({"question_id": "81", "category": "math", "turns": ["a", "b"]}, "question_id twice"),
     ],
 )
