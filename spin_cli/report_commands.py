@@ -40,7 +40,7 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Tell a run in one offline HTML file, or serve it while the run goes on.
+    """Tell a run in one offline HTML file, or serve it live.
 
     It works on a run in any state: what is missing or damaged is named in the page.
     """
