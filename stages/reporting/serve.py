@@ -46,7 +46,8 @@ class Pages:
     """The newest page of a run, made when it is asked for and something has changed."""
 
     run: Path
-    _drawer: Drawer = field(default_factory=Drawer)
+    drawer: Drawer = field(default_factory=Drawer)
+    """Keeps what was drawn, since most of it stays from page to page."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _state: str = ""
     _page: str = ""
@@ -64,7 +65,7 @@ class Pages:
         with self._lock:  # matplotlib's settings are shared by all threads
             state = self.state()
             if state != self._state:
-                self._page = render(collect(self.run), drawer=self._drawer, live=True)
+                self._page = render(collect(self.run), drawer=self.drawer, live=True)
                 self._state = state
             return self._page
 

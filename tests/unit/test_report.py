@@ -30,7 +30,7 @@ from stages.reporting.charts import ROLES, Bars, Drawer, Line, Lines, draw
 from stages.reporting.collect import collect
 from stages.reporting.flow import flow
 from stages.reporting.headline import headline
-from stages.reporting.page import TEMPLATES, printable_page
+from stages.reporting.page import TEMPLATES, printable_page, render
 from stages.reporting.settings import changes
 from stages.reporting.verdict import verdict
 from stages.run_record import start_or_resume
@@ -39,6 +39,8 @@ from tests.hostile import hostile_texts
 from tests.made_runs import write_iteration, write_run
 from tests.made_samples import write_evaluation
 
+DRAWER = Drawer()
+"""Of all tests, most of whose drawings are the same."""
 SECTIONS = [
     "summary", "course", "decisions", "alarms", "samples", "training", "shapes", "flow", "cost",
     "settings", "lineage",
@@ -102,9 +104,7 @@ def run(made: RunLayout, tmp_path: Path) -> RunLayout:
 
 
 def report(layout: RunLayout) -> Page:
-    out = layout.root.parent / "report.html"
-    write_report(layout.root, out)
-    return Page(out.read_text(encoding="utf-8"))
+    return Page(render(collect(layout.root), drawer=DRAWER))
 
 
 # -- What the page tells --------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_hostile_names_and_texts_stay_text(tmp_path: Path) -> None:
 
 
 def test_a_metric_of_any_name_can_be_drawn() -> None:
-    for name in [*ATTACKS, *hostile_texts(60, huge=100)]:
+    for name in [*ATTACKS, *hostile_texts(20, huge=100)]:
         line = Line("player", (0.0, 1.0), (0.5, 0.6))
         panel = Lines(name, (line,), x_label=name, x_names=((0.0, name), (1.0, "1")))
         Page(draw(panel))
@@ -486,8 +486,8 @@ def test_texts_and_lines_stand_out_in_every_theme() -> None:
 def test_the_same_run_gives_the_same_bytes_in_any_process_and_place(
     made: RunLayout, tmp_path: Path
 ) -> None:
-    report(made)
-    first = (made.root.parent / "report.html").read_bytes()
+    write_report(made.root, tmp_path / "first.html")
+    first = (tmp_path / "first.html").read_bytes()
     shutil.copytree(made.root, tmp_path / "elsewhere" / made.root.name)
     script = (
         "import sys; from pathlib import Path; from stages.report import write_report; "

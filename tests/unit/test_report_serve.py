@@ -19,11 +19,14 @@ from stages.artifacts import locks
 from stages.errors import BusyError, InputError
 from stages.layout import RunLayout
 from stages.reporting import serve as serving
+from stages.reporting.charts import Drawer
 from stages.reporting.serve import HOST, Pages, open_server
 from tests import made_runs
 from tests.made_runs import write_run
 
 ROOT = Path(__file__).parents[2]
+DRAWER = Drawer()
+"""Of all tests, most of whose drawings are the same."""
 
 
 class Served:
@@ -31,7 +34,7 @@ class Served:
 
     def __init__(self, layout: RunLayout) -> None:
         self.layout = layout
-        self.pages = Pages(layout.root)
+        self.pages = Pages(layout.root, DRAWER)
         self.server = open_server(self.pages, 0)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
