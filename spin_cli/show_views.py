@@ -20,6 +20,7 @@ PIPED_WIDTH = 100
 """Where no terminal reads it, so that output does not depend on one."""
 SIDE_BY_SIDE_WIDTH = 120
 MAX_LINES = 6
+_ROUNDING = 1e-15  # a bound of an interval may be 2e-19, and means 0
 _LABEL = 12
 _MAX_FILES = 40
 _ROLES = {"system": "dim", "user": "cyan", "assistant": "green"}
@@ -271,7 +272,9 @@ def _number(value: Any) -> str:
         return str(value).lower() if value is not None else "-"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) < 10**12 else str(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) > _ROUNDING else "0"
+    return str(value)
 
 
 def _size(size_bytes: int) -> str:
