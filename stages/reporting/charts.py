@@ -27,7 +27,7 @@ from stages.artifacts.keys import sha256_text
 from stages.reporting import numbers
 from stages.reporting.flow import Flow
 
-WIDTH = 360
+WIDTH = 340
 """Units of a panel, which are pixels on a narrow screen."""
 RAMP = 6
 """Colours from the oldest iteration to the newest."""
@@ -35,8 +35,8 @@ ROLES = ("text", "muted", "line", "surface", "accent", "human", "opponent", "pla
 _MARKS = {role: f"#0a0b{i:02x}" for i, role in enumerate(ROLES)}
 _MARKS |= {f"ramp-{i}": f"#0a0c{i:02x}" for i in range(RAMP)}
 _ROLE_OF = {mark: role for role, mark in _MARKS.items()}
-_FONT_PX = 11
-_LABELS = 38
+_FONT_PX = 12
+_LABELS = 40
 """Units below the axes, for their labels."""
 _PT = 72 / 100  # a panel is drawn at 100 units an inch
 _SETTINGS: Any = {  # a dict whose keys are 300 literals, in matplotlib's own types
@@ -166,7 +166,7 @@ def draw(panel: Panel) -> Markup:
                 figure = _figure(190, lambda axes: _spreads(axes, panel))
             case Bars():
                 height = 22 * max(1, len(panel.bars)) + 12
-                figure = _figure(height, lambda axes: _bars(axes, panel), (0.3, 0.02, 0.99, 0.98))
+                figure = _figure(height, lambda axes: _bars(axes, panel), (0.31, 0.02, 0.99, 0.98))
             case FlowPanel():
                 height = _flow_height(panel.flow)
                 figure = _figure(height, lambda axes: _flow(axes, panel.flow, height), (0, 0, 1, 1))
@@ -195,7 +195,7 @@ def _figure(
     """Return a figure with one pair of axes, so many units high."""
     figure = Figure(figsize=(WIDTH / 100, height / 100), dpi=72)
     figure.patch.set_visible(False)
-    left, bottom, right, top = box or (0.135, _LABELS / height, 0.985, 0.97)
+    left, bottom, right, top = box or (0.15, _LABELS / height, 0.985, 0.97)
     axes = figure.add_axes((left, bottom, right - left, top - bottom))
     axes.patch.set_visible(False)
     for side in ("top", "right", "left"):
@@ -314,7 +314,7 @@ def _bars(axes: Axes, panel: Bars) -> None:
 # -- The flow from prompts to pairs: downwards, what is dropped leaves to the right ---------------
 
 _BAR, _GAP, _LANE, _TITLE = 13, 26, 19, 17
-_FLOW_WIDTH, _LEFT = 214, 4
+_FLOW_WIDTH, _LEFT = 190, 4
 
 
 def _flow_height(flow: Flow) -> int:
@@ -359,7 +359,7 @@ def _band_to(axes: Axes, flow: Flow, i: int, top: float, gap: float, scale: floa
         _rectangle(axes, right - width, end, max(width, 1.0), 3, "muted", 0.9)
         text_x = _LEFT + _FLOW_WIDTH + 10
         axes.plot([right, text_x - 4], [end + 1.5] * 2, color=_MARKS["muted"], linewidth=0.7)
-        label = f"{printable(drop.reason, 15)} {drop.count:,}"
+        label = f"{printable(drop.reason, 14)} {drop.count:,}"
         axes.text(text_x, end + 5, label, color=_MARKS["text"])
         right -= width
 

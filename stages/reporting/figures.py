@@ -110,7 +110,8 @@ def _suite_group(view: RunView, suite: str) -> Group | None:
 
 
 def _is_minor(name: str) -> bool:
-    return name.endswith(("_share", "_tokens", "_stderr"))
+    """Tell whether a suite's metric need not be drawn; pass@1 and majority@1 are its accuracy."""
+    return name.endswith(("_share", "_tokens", "_stderr", "@1"))
 
 
 def _course_group(

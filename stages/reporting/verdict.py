@@ -21,13 +21,14 @@ _OF_THE_METRIC = ("value", "rival_value", "min_value", "at_least")
 _BOUNDS = ("low", "high")
 """Of the gain where there is one, otherwise of the metric."""
 _DIFFERENCES = ("gain", "above", "min_gain")
+_IF_NOT_ZERO = ("above", "unmatched")
 _SHARES = ("confidence", "share", "off")
 _NAMES = {
     "rival_value": "rival's value",
     "above": "to exceed",
     "unmatched": "not in both",
+    "counted": "that count",
     "p_value": "p",
-    "low": "interval",
 }
 
 _ORDER = (
@@ -61,25 +62,29 @@ def verdict(node: Any) -> Verdict | None:
         _TITLES.get(kind, kind),
         passed if isinstance(passed, bool) else None,
         "" if below else str(node.get("text") or ""),
-        tuple(_figures(found)) if isinstance(found, dict) else (),
+        tuple(_figures(kind, found)) if isinstance(found, dict) else (),
         below,
     )
 
 
-def _figures(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return figures in the order of `_ORDER`, the ends of an interval together."""
+def _figures(kind: str, found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return figures in the order of `_ORDER`, the ends of an interval together.
+
+    What is zero where nothing else is of interest is left out.
+    """
     metric, is_compared = str(found.get("metric") or ""), "gain" in found
     shown = {
         name: _shown(name, found[name], metric, is_compared)
         for name in sorted(found, key=lambda name: _PLACES.get(name, len(_PLACES)))
-        if found[name] is not None
+        if found[name] is not None and (name not in _IF_NOT_ZERO or found[name])
     }
-    if all(name in shown for name in _BOUNDS):
-        low, high = (shown[name] for name in _BOUNDS)
-        shown = {
-            n: f"{low} to {high}" if n == "low" else t for n, t in shown.items() if n != "high"
-        }
-    return [(_NAMES.get(name, name.replace("_", " ")), text) for name, text in shown.items()]
+    names = dict(_NAMES)
+    if is_compared and all(name in shown for name in (*_BOUNDS, "confidence")):
+        confidence = shown.pop("confidence")
+        # a gate's condition asks one end only
+        names["low"] = f"{confidence} interval" if kind == "gain" else f"{confidence} bounds"
+        shown["low"] = f"{shown['low']} to {shown.pop('high')}{numbers.unit(metric)}"
+    return [(names.get(name, name.replace("_", " ")), text) for name, text in shown.items()]
 
 
 def _shown(name: str, value: Any, metric: str, is_compared: bool) -> str:
@@ -89,7 +94,9 @@ def _shown(name: str, value: Any, metric: str, is_compared: bool) -> str:
         return numbers.MISSING
     if metric and (name in _OF_THE_METRIC or (name in _BOUNDS and not is_compared)):
         return numbers.metric(metric, value)
-    if metric and (name in _DIFFERENCES or name in _BOUNDS):
+    if metric and name in _BOUNDS:
+        return numbers.difference(metric, value)
+    if metric and name in _DIFFERENCES:
         return numbers.difference(metric, value) + numbers.unit(metric)
     if name in _SHARES:
         return f"{100 * value:.4g}%"

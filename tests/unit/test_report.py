@@ -256,7 +256,8 @@ def test_the_gates_verdict_is_shown_as_a_tree(run: RunLayout) -> None:
     assert "Passed: Any of these" in text
     assert "Passed: Better it is better" in text
     assert "Failed: At least it is too low" in text
-    assert "gain +15.0 points interval +5.0 points to +25.0 points p 0.0123" in text
+    assert "gain +15.0 points 95% interval +5.0 to +25.0 points p 0.0123" in text
+    assert "gain +15.0 points 95% bounds +5.0 to +25.0 points p 0.0123" in text
 
 
 @pytest.mark.parametrize(
