@@ -475,7 +475,7 @@ def test_newer_samples_of_a_served_page_leave_the_reader_where_he_is(
 def test_ten_thousand_samples_open_within_two_seconds(
     opened: Any, large: Path, record_property: Any
 ) -> None:
-    """From the start of the navigation to a page that answers; the best of three."""
+    """From the start of the navigation to a page that answers; of all times the best of three."""
     ready = "performance.getEntriesByName('samples-ready')[0].startTime"
     times = []
     for _ in range(3):
@@ -492,8 +492,15 @@ def test_ten_thousand_samples_open_within_two_seconds(
         node.dispatchEvent(new Event(event));
       });
     }""")
-    sorted_ms = it.page.evaluate("window.__took('samples-sort', 'change', 'margin-high')")
-    search_ms = it.page.evaluate("window.__took('samples-search', 'input', 'alor bsit')")
+    took = "([id, event, value]) => window.__took(id, event, value)"
+    sorted_ms = min(
+        it.page.evaluate(took, ["samples-sort", "change", order])
+        for order in ("margin-high", "reward-low", "gain-high")
+    )
+    search_ms = min(
+        it.page.evaluate(took, ["samples-search", "input", query])
+        for query in ("alor bsit", "csit", "dolen")
+    )
     assert re.search(r"[\d,]+ of 10,000 samples found", it.status())
     figures = {"open_ms": min(times), "sort_ms": sorted_ms, "search_ms": search_ms,
                "size_bytes": large.stat().st_size}  # fmt: skip
