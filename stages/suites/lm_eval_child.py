@@ -185,18 +185,27 @@ def _loaded(job: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _manager(job: Mapping[str, Any]) -> Any:
-    """Return the index of tasks; the library's 14,000 files are not read where they are not asked.
-
-    A group or tag of the user's can name any of the library's tasks, so that needs them.
-    """
+    """Return the index of tasks; the library's 14,000 files are read only where they are needed."""
     from lm_eval.tasks import TaskManager
 
     folder, metadata = job["task_dir"], job["metadata"]
     if folder is not None:
         own = TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
-        if set(job["tasks"]) <= set(own.all_subtasks):
+        if all(_is_whole(own, name) for name in job["tasks"]):
             return own
     return TaskManager(include_path=folder, metadata=metadata)
+
+
+def _is_whole(own: Any, name: Any) -> bool:
+    """Tell whether a task is the user's, or a group of such; the library may add to a tag."""
+    if name in own.all_subtasks:
+        return True
+    if name not in own.all_groups:
+        return False
+    members = own.task_index[name].cfg.get("task")
+    return isinstance(members, list) and all(
+        isinstance(member, str) and _is_whole(own, member) for member in members
+    )
 
 
 def _unknown(name: str, names: Sequence[str], folder: str | None) -> str:

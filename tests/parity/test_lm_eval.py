@@ -158,9 +158,7 @@ def test_vllm_through_our_suite_and_the_librarys_own_command_line_give_equal_sco
     library_or_skip(monkeypatch, tmp_path / "home")
     tasks = make_tasks(tmp_path / "tasks")
     out = tmp_path / "ours"
-    assert (
-        by_spin(model, tasks, out, "suites.bench.backend=vllm", "suites.bench.dtype=float32") == 0
-    )
+    by_spin(model, tasks, out, "suites.bench.backend=vllm", "suites.bench.dtype=float32")
     from stages.engines.vllm import CPU_KV_CACHE_BYTES, is_cpu_build, vllm_variables
 
     on_cpu = is_cpu_build()
