@@ -499,7 +499,7 @@ def test_ten_thousand_samples_open_within_two_seconds(
     )
     search_ms = min(
         it.page.evaluate(took, ["samples-search", "input", query])
-        for query in ("alor bsit", "csit", "dolen")
+        for query in ("csit edolen", "dlor aet", "alor bsit")
     )
     assert re.search(r"[\d,]+ of 10,000 samples found", it.status())
     figures = {"open_ms": min(times), "sort_ms": sorted_ms, "search_ms": search_ms,
