@@ -56,12 +56,11 @@ _CURVES = (
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; all columns but the first hold numbers where `is_numeric`."""
+    """Cells of text; all columns but the first hold numbers."""
 
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    is_numeric: bool = True
 
 
 @dataclass(frozen=True)
@@ -432,13 +431,13 @@ def flows(view: RunView) -> Group | None:
     rows = []
     for t, each in found.items():
         for level in each.levels:
-            rows.append((str(t), level.name, f"{level.count:,}", ""))
+            rows.append((f"{t}, {level.name}", f"{level.count:,}", ""))
             rows += [
-                (str(t), f"left out: {drop.reason}", f"{drop.count:,}",
+                (f"{t}, left out: {drop.reason}", f"{drop.count:,}",
                  f"{drop.count / level.count:.1%}" if level.count else "")
                 for drop in level.drops
             ]  # fmt: skip
-    head = ("iteration", "step", "rows", "share of the step")
+    head = ("iteration, step", "rows", "share of the step")
     return Group("", panels, (), (Table("From prompts to pairs", head, tuple(rows)),))
 
 
