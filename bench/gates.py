@@ -120,7 +120,15 @@ SHAPES: dict[str, Drawn] = {
     "rare large losses": lambda rng, size: 1 - rng.exponential(size=size),
 }
 """Differences of single examples whose true mean is 0."""
+
+
+def _rarest(rng: np.random.Generator, size: tuple[int, int]) -> Floats:
+    chance = rng.random(size)
+    return np.where(chance < 0.08, 0.5, 0.0) - np.where(chance > 0.98, 2.0, 0.0)
+
+
 HARDEST: dict[str, Drawn] = {
+    "2% lose 2, 8% gain ½": _rarest,
     "rare huge losses (log-normal)": lambda rng, size: np.exp(0.5) - rng.lognormal(size=size),
 }
 """Where the promise is not kept at small sizes."""

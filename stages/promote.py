@@ -171,7 +171,7 @@ def decide(
     if verdict is not None:
         conditions.append(verdict)
     whole = both(conditions)
-    is_alarmed = not conditions[0].passed
+    refusals = [f"alarm {alarm.name}: {alarm.text}" for alarm in alarms if alarm.refuses]
     return Decision(
         promoted=whole.passed,
         metric=gate.metric,
@@ -180,7 +180,7 @@ def decide(
         min_value=gate.min_value,
         min_gain=gate.min_gain,
         # that no alarm fired goes without saying
-        reasons=sentences(whole if is_alarmed else both(conditions[1:])),
+        reasons=[*refusals, *sentences(both(conditions[1:]))],
         alarms=[asdict(alarm) for alarm in alarms],
         verdict=whole.as_dict(),
     )

@@ -18,7 +18,7 @@ from tests.tiny_loop import RECIPE
 # blind: it asks for no more than that human answers are told from the opponent's.
 HOT = (
     "prepare.word_sums.num_examples=1400", "prepare.heldout_size=200", "train.batch_size=16",
-    "train.learning_rate=8e-4", "promote.metric=heldout_reward_accuracy", "promote.min_gain=null",
+    "train.learning_rate=8e-4", "promote.metric=heldout_reward_accuracy", "promote.gate=null",
     "promote.min_value=0.5",
 )  # fmt: skip
 ITERATIONS = "iterations"
