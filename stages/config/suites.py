@@ -92,7 +92,7 @@ class LmEvalSuiteConfig(_Suite):
     batch_size: Count = place(8)
     """Of transformers; vLLM decides for itself."""
     apply_chat_template: bool = False
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: as the library decides, which is by the model's own."""
     model_args: dict[str, JsonValue] = Field(default_factory=dict)

@@ -78,6 +78,26 @@ def test_an_attention_from_the_hub_is_refused() -> None:
         config_of(model_args={"attn_implementation": "kernels-community/flash-attn"})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "decides"),
+    [
+        ("tasks", ["other"], True),
+        ("num_fewshot", 1, True),
+        ("limit", 3, True),
+        ("backend", "vllm", True),
+        ("apply_chat_template", True, True),
+        ("seed", 1, True),
+        ("dtype", "float32", True),
+        ("model_args", {"max_length": 9}, True),
+        ("task_dir", "elsewhere", False),
+        ("batch_size", 3, False),
+        ("every", 2, False),
+    ],
+)
+def test_what_decides_scores_is_in_the_key(key: str, value: Any, decides: bool) -> None:
+    assert (config_of(**{key: value}).identity() != config_of().identity()) == decides
+
+
 def test_the_leaderboard_keeps_its_few_shot_settings() -> None:
     with pytest.raises(ValidationError, match="few-shot settings of its own; leave num_fewshot"):
         config_of(tasks=[LEADERBOARD], num_fewshot=5)
@@ -286,7 +306,10 @@ def test_its_process_ends_with_ours_however_we_end(
         "import os, time\nfrom pathlib import Path\n"
         f"Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n",
     )
-    script = "from tests.unit import test_suite_lm_eval as t; t.load()"
+    script = (
+        "from stages.suites.lm_eval_process import Library\n"
+        "with Library('bench', None, {}) as library: library.load({})"
+    )
     ours = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
