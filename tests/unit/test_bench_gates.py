@@ -45,7 +45,8 @@ def test_a_player_that_is_no_better_seldom_passes(bench: ModuleType) -> None:
 def test_nor_does_one_whose_mean_is_no_higher(bench: ModuleType) -> None:
     rows = list(bench.means(SETS, (100,)))
     assert max(row["passed"] for row in rows if row["is_false"]) <= 0.054 + noise(SETS)
-    assert min(row["passed"] for row in rows if row["gain"] == 0.3) > 0.6
+    seen = [row["passed"] for row in rows if row["gain"] == 0.3 and row["shape"] in bench.SHAPES]
+    assert min(seen) > 0.6
 
 
 def test_ten_gates_in_a_row_let_more_through_than_one(bench: ModuleType) -> None:
