@@ -50,6 +50,7 @@ _SETTINGS: Any = {  # a dict whose keys are 300 literals, in matplotlib's own ty
     "path.simplify": True,
     "axes.unicode_minus": True,
 }
+_HIGHEST = 1e30  # a training that diverged; matplotlib's own sums overflow near 1e308
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
@@ -247,15 +248,14 @@ def _lines(axes: Axes, panel: Lines) -> None:
         axes.axhline(panel.level, color=_MARKS["muted"], linewidth=0.9, dashes=(2, 3))
     for line in panel.lines:
         color = _MARKS[line.role]
+        ys, lows, highs = (_drawable(values) for values in (line.ys, line.lows, line.highs))
         if line.lows:
             if len(line.xs) > 1:
-                axes.fill_between(
-                    line.xs, line.lows, line.highs, color=color, alpha=0.13, linewidth=0
-                )
-            axes.vlines(line.xs, line.lows, line.highs, color=color, linewidth=1.4)
+                axes.fill_between(line.xs, lows, highs, color=color, alpha=0.13, linewidth=0)
+            axes.vlines(line.xs, lows, highs, color=color, linewidth=1.4)
         axes.plot(
             line.xs,
-            line.ys,
+            ys,
             color=color,
             linewidth=1.7,
             marker="o" if line.dots or len(line.xs) == 1 else None,
@@ -265,6 +265,11 @@ def _lines(axes: Axes, panel: Lines) -> None:
         )
     _y_axis(axes, panel.percent)
     _x_axis(axes, panel.x_label, panel.x_names)
+
+
+def _drawable(values: tuple[float, ...]) -> list[float]:
+    """Return values with gaps in the place of those that have none on any axis."""
+    return [value if abs(value) < _HIGHEST else np.nan for value in values]
 
 
 def _histograms(axes: Axes, panel: Histograms) -> None:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -415,6 +416,15 @@ def test_a_metric_of_any_name_can_be_drawn() -> None:
         Page(draw(panel))
         assert "<script" not in draw(panel)
         draw(Bars(name, ((name, 1.0, "1 s"),)))
+
+
+@pytest.mark.parametrize(
+    "ys",
+    [(1.0, math.inf, 2.0), (math.nan,) * 3, (1e308, -1e308, 0.0), (0.0,) * 3, (1e-300, 2e-300, 0)],
+)
+def test_a_training_that_diverged_can_be_drawn(ys: tuple[float, ...]) -> None:
+    line = Line("player", (0.0, 1.0, 2.0), ys, ys, ys)
+    assert "<svg" in draw(Lines("d", (line,), "step"))
 
 
 def test_no_character_is_left_that_a_page_may_not_hold() -> None:
