@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.artifacts.files import write_durably
+from stages.artifacts.manifest import MANIFEST_NAME
 from stages.errors import ConfigError
 from stages.reporting.collect import collect
 from stages.reporting.page import render
+
+_BEGINNING = b"<!DOCTYPE html>"
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,28 @@ def write_report(run: Path, out: Path) -> Written:
 
     Raises:
         InputError: `run` is no run directory.
-        ConfigError: `out` is a directory, or lies in an artifact's place.
+        ConfigError: `out` is a directory or a file that is no page, or lies in an artifact.
         NoSpaceError: the disk is full.
     """
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a directory; name a file, such as {out / 'report.html'}")
+    _check_place(out)
     view = collect(run)
     html = render(view)
     write_durably(out, html)
     return Written(out, len(html.encode()), len(view.iterations), view.problems)
+
+
+def _check_place(out: Path) -> None:
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a directory; name a file, such as {out / 'report.html'}")
+    if out.exists():
+        with out.open("rb") as file:
+            if file.read(len(_BEGINNING)) != _BEGINNING:
+                raise ConfigError(
+                    f"--out {out} is there and is no HTML page, so it is not replaced; name another"
+                )
+    for folder in out.absolute().parents:
+        if (folder / MANIFEST_NAME).is_file():
+            raise ConfigError(
+                f"--out {out} lies in the artifact {folder}, which nothing is added to; name a "
+                "place outside"
+            )

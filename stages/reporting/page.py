@@ -83,7 +83,7 @@ def render(view: RunView, *, drawer: Drawer | None = None, live: bool = False) -
             **_parts(view),
         )
     )
-    return printable_page(html)
+    return printable_page(html.lstrip())
 
 
 def policy(css: str, scripts: Sequence[str], *, live: bool) -> str:

@@ -35,6 +35,7 @@ from stages.reporting.page import TEMPLATES, printable_page, render
 from stages.reporting.settings import changes
 from stages.reporting.verdict import verdict
 from stages.run_record import start_or_resume
+from stages.verify import verify
 from tests import made_runs
 from tests.hostile import hostile_texts
 from tests.made_runs import write_iteration, write_run
@@ -517,12 +518,23 @@ def test_a_report_replaces_an_earlier_one_and_leaves_nothing_beside_it(
     made: RunLayout, tmp_path: Path
 ) -> None:
     out = tmp_path / "report.html"
-    out.write_text("old")
+    out.write_text("<!DOCTYPE html>\n<p>old")
     written = write_report(made.root, out)
     assert written.size_bytes == out.stat().st_size > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(ConfigError, match="is a directory"):
         write_report(made.root, tmp_path)
+
+
+def test_nothing_but_a_page_is_replaced_and_no_artifact_touched(run: RunLayout) -> None:
+    before, found = run.record.read_bytes(), verify(run.root).problems
+    with pytest.raises(ConfigError, match="is no HTML page, so it is not replaced"):
+        write_report(run.root, run.record)
+    assert run.record.read_bytes() == before
+    with pytest.raises(ConfigError, match="lies in the artifact"):
+        write_report(run.root, run.stage(0, "train") / "report.html")
+    write_report(run.root, run.root / "report.html")
+    assert verify(run.root).problems == found, "a report may lie in its run"
 
 
 def test_a_report_writes_nothing_into_the_run(run: RunLayout) -> None:
