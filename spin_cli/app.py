@@ -1,5 +1,7 @@
 """The Typer app: every command parses, loads the recipe, calls one stage, and prints."""
 
+import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -615,6 +617,8 @@ def run_(
                 start_or_resume(layout, before, amend=True)
             raise
         put_iterations(layout.root)
+        name = shlex.quote(str(layout.root))
+        logging.getLogger("spin").info("the whole story: spin report %s --out report.html", name)
     if until_converged:
         why_not = distance(layout, chosen, iterations - 1) if iterations and not reason else None
         not_yet = f"not converged after {iterations} iterations, which is all that it may have"

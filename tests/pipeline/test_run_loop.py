@@ -157,7 +157,10 @@ class TestTheLoop:
         result = run()
         assert fake_stages.calls == []
         assert content("a") == before
-        assert result.stderr == "15 stages are already done\n"
+        assert result.stderr.splitlines() == [
+            "15 stages are already done",
+            "the whole story: spin report a --out report.html",
+        ]
 
     def test_more_iterations_go_on(self) -> None:
         run(iterations=1)
