@@ -154,7 +154,7 @@ def fake(name: str) -> Any:
     if name == "prepare":
         module.run = lambda config, out: run_stage("prepare", config, Inputs(), out)
     elif name == "suite":
-        module.run = run_suite
+        module.run, module.SuiteInputs = run_suite, SuiteInputs
     else:
         module.run = lambda config, inputs, out, open_engine=None: run_stage(
             name, config, inputs, out
