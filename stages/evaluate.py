@@ -175,6 +175,7 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     return Outcome(
         counts={"prompts": len(rows), "dropped_refused": refused, **unscored},
         metrics=metrics,
+        info={"gpus": engines.gpus_used(_engine(work.config))},
         tokens=sum(len(row["sampled_token_ids"]) for row in rows),
     )
 

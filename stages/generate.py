@@ -248,6 +248,7 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
             **info,
             "parity": parity.info() if parity else None,
             "engine": work.generate.engine.name,
+            "gpus": engines.gpus_used(work.generate.engine),
             "longest_prompt": asked.longest,
             "max_model_len": _max_model_len(asked, work),
         },

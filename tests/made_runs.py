@@ -59,7 +59,7 @@ def write_iteration(
     make(
         layout, iteration, "train", opponent | inputs(layout, iteration, pairs="score"),
         counts={"pairs": PAIRS, "steps": STEPS}, config=config, tokens=1000,
-        info={"processes": 2, "peak_gpu_memory_bytes": 3_000_000_000}, with_steps=True,
+        info={"processes": 2, "gpus": 2, "peak_gpu_memory_bytes": 3_000_000_000}, with_steps=True,
     )  # fmt: skip
     evaluated = layout.stage(iteration, "evaluate")
     write_evaluation(evaluated, samples(12 + 2 * iteration), layout.data)

@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 from stages.config import EngineConfig
 from stages.engines.base import Engine
 from stages.engines.keeper import Keeper
-from stages.engines.places import engines_on
+from stages.engines.places import engines_on, gpus_used
 from stages.model.base import is_adapter
 
-__all__ = ["Keeper", "OpenEngine", "open_engine", "running"]
+__all__ = ["Keeper", "OpenEngine", "gpus_used", "open_engine", "running"]
 
 OpenEngine = Callable[..., Engine]
 

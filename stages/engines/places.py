@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stages.config import EngineConfig
 from stages.errors import ConfigError
 
 
@@ -37,6 +38,14 @@ def engines_on(gpus: int, gpus_each: int, engine: str) -> int:
             "correct one"
         )
     return gpus // gpus_each
+
+
+def gpus_used(config: EngineConfig) -> int:
+    """Return how many GPUs engines of a config compute on; of Ray's cluster those it names."""
+    if config.gpus is not None:
+        return config.gpus
+    at_all = config.name != "ray" and _count_gpus() > 0
+    return config.processes * config.tensor_parallel_size if at_all else 0
 
 
 def divide_gpus(engine: str, processes: int, gpus_each: int) -> list[Place]:

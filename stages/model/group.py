@@ -141,7 +141,7 @@ class Resources:
         if self.threads is not None:
             found["threads"] = self.threads
         if self.peak_gpu_memory_bytes is not None:
-            found["peak_gpu_memory_bytes"] = self.peak_gpu_memory_bytes
+            found |= {"gpus": self.processes, "peak_gpu_memory_bytes": self.peak_gpu_memory_bytes}
         return found
 
 

@@ -25,11 +25,10 @@ class Cost:
         self.seconds += manifest.cost.wall_s
         self.tokens += manifest.cost.tokens
         self.peak_memory_bytes = max(self.peak_memory_bytes, manifest.cost.peak_memory_bytes)
-        gpu_memory, processes = (
-            manifest.info.get(name) for name in ("peak_gpu_memory_bytes", "processes")
-        )
-        if isinstance(gpu_memory, int) and isinstance(processes, int):
-            self.gpu_seconds = (self.gpu_seconds or 0.0) + processes * manifest.cost.wall_s
+        gpus, gpu_memory = (manifest.info.get(n) for n in ("gpus", "peak_gpu_memory_bytes"))
+        if isinstance(gpus, int) and gpus:
+            self.gpu_seconds = (self.gpu_seconds or 0.0) + gpus * manifest.cost.wall_s
+        if isinstance(gpu_memory, int):
             self.peak_gpu_memory_bytes = max(self.peak_gpu_memory_bytes or 0, gpu_memory)
 
     @property
@@ -53,7 +52,8 @@ class Costs:
 
 
 def costs(view: RunView) -> Costs:
-    """Return the costs of all finished artifacts."""
+    """Return the costs of all finished artifacts; of copies within the run those of one."""
+    seen: set[tuple[str, str]] = set()
     stages: dict[str, Cost] = {}
     iterations: dict[str, Cost] = {}
     total = Cost("all")
@@ -62,6 +62,10 @@ def costs(view: RunView) -> Costs:
         for piece in pieces:
             if piece.manifest is None:
                 continue
+            made = (piece.manifest.key, piece.manifest.cost.started_at)
+            if made in seen:
+                continue
+            seen.add(made)
             stage = _stage(piece)
             stages.setdefault(stage, Cost(stage)).add(piece.manifest)
             iterations.setdefault(group, Cost(group)).add(piece.manifest)

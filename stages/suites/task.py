@@ -21,6 +21,7 @@ from stages.config import EngineConfig, RewardConfig, TaskSuiteConfig
 from stages.data.chat import chat_fingerprints, make_renderer
 from stages.data.measures import Measure, write_measures
 from stages.data.rows import SUITE_EXAMPLES
+from stages.engines import gpus_used
 from stages.errors import ConfigError, InputError
 from stages.model.source import ModelSource
 from stages.rewards import RewardSource, find_reward
@@ -147,6 +148,7 @@ def _fill(work: SuiteWork, task: _Task, space: Workspace) -> Outcome:
         counts={"prompts": len(asked), "answers": table.num_rows, "dropped_refused": refused}
         | ({"unscored": unscored} if unscored else {}),
         metrics=metrics,
+        info={"gpus": gpus_used(task.engine)},
         tokens=num_tokens,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.config import EngineConfig
-from stages.engines import open_engine
+from stages.engines import gpus_used, open_engine
 from stages.engines import vllm as engine_vllm
 from stages.engines.fleet import Fleet
 from stages.engines.vllm import CPU_KV_CACHE_BYTES, VllmEngine, architecture
@@ -179,3 +179,21 @@ def test_too_few_gpus_are_told_before_anything_starts(
     with pytest.raises(InputError, match="has no config"):
         start(tmp_path)
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "used"),
+    [
+        ({}, 0, 0),
+        ({}, 8, 1),
+        ({"name": "vllm", "processes": 2, "tensor_parallel_size": 2}, 8, 4),
+        ({"name": "vllm", "gpus": 6, "tensor_parallel_size": 2}, 8, 6),
+        ({"name": "ray"}, 8, 0),
+        ({"name": "ray", "gpus": 4}, 0, 4),
+    ],
+)
+def test_how_many_gpus_engines_compute_on(
+    settings: dict[str, Any], found: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    assert gpus_used(EngineConfig(**settings)) == used

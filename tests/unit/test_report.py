@@ -29,6 +29,7 @@ from stages.report import write_report
 from stages.reporting import numbers
 from stages.reporting.charts import ROLES, Bars, Drawer, Line, Lines, draw
 from stages.reporting.collect import collect
+from stages.reporting.costs import costs
 from stages.reporting.flow import flow
 from stages.reporting.headline import headline
 from stages.reporting.page import TEMPLATES, printable_page, render
@@ -602,3 +603,12 @@ def test_numbers_are_written_for_people(name: str, value: float, shown: str) -> 
 def test_json_of_a_decision_is_what_the_page_reads(made: RunLayout) -> None:
     decision = json.loads((made.stage(2, "promote") / "decision.json").read_bytes())
     assert collect(made.root).iterations[2].decision == decision
+
+
+def test_an_evaluation_that_was_copied_within_the_run_costs_once(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", 1)
+    before = costs(collect(layout.root)).total
+    evaluation, copy = layout.stage(0, "evaluate"), layout.stage(1, "evaluate")
+    shutil.copytree(evaluation, copy)
+    after = costs(collect(layout.root)).total
+    assert (after.seconds, after.artifacts) == (before.seconds, before.artifacts)
