@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin_cli.screen import put, safe
-from stages.show import Found, Query
+from stages.show import MARGINS, Found, Query
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -229,11 +229,7 @@ def _add_row(
 
 
 def _margin(row: Mapping[str, Any]) -> float | None:
-    for high, low in (
-        ("human_margin", "opponent_margin"),
-        ("chosen_reward", "rejected_reward"),
-        ("reference_chosen_logprob", "reference_rejected_logprob"),
-    ):
+    for high, low in MARGINS:
         if row.get(high) is not None and row.get(low) is not None:
             return float(row[high] - row[low])
     return None

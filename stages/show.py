@@ -6,8 +6,9 @@ Tables are streamed: what is held is a batch, and the rows that will be shown.
 import heapq
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from stages.artifacts import Artifact, Manifest, count_rows, read_batches, read_
 from stages.artifacts.files import inner_path
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME, check_listing
-from stages.artifacts.pointer import read_pointer
 from stages.artifacts.tables import Row
 from stages.data.aligned import SortedTable, aligned
 from stages.data.rows import PROMPTS
 from stages.errors import ConfigError, CorruptError, InputError, SpinError
 from stages.layout import RunLayout
+from stages.subjects import find_subject
 
 SORTS = ("margin", "reward", "length", "prompt")
 MAIN_TABLE = {
@@ -43,13 +44,13 @@ MAIN_TABLE = {
 """The table that is shown where none is named, by stage."""
 PAIRED = ("pair", "score", "evaluate", "suite")
 """Stages whose rows hold responses to compare."""
-_MARGINS = (
+MARGINS = (
     ("human_margin", "opponent_margin"),
     ("chosen_reward", "rejected_reward"),
     ("reference_chosen_logprob", "reference_rejected_logprob"),
 )
+"""Columns whose difference is a margin; the first that a table has is its own."""
 _REWARDS = ("chosen_reward", "sampled_reward", "reward", "score")
-_HELD_OUT = ("evaluate",)
 _BATCH_ROWS = 1024
 _NO_PROMPTS = "the prompts are not in this run"
 
@@ -92,45 +93,28 @@ def find_shown(place: str, *, pairs: bool = False) -> Path | dict[str, Any]:
         InputError: there is no such thing.
         ConfigError: pairs of a whole run are asked for.
     """
-    path, iteration = Path(place), None
-    run, colon, number = place.rpartition(":")
-    if colon and number.isdecimal() and number.isascii() and not path.exists():
-        path, iteration = Path(run), int(number)
-    layout = RunLayout(path)
-    if not layout.record.is_file() or (path / MANIFEST_NAME).exists():
-        if iteration is not None:
-            raise InputError(f"{path} is no run directory and has no iterations; name an artifact")
-        return _behind_pointer(path)
-    begun = layout.iterations()
+    subject = find_subject(place)
+    if subject.artifact is not None:
+        return Path(place) if Path(place).is_dir() else subject.artifact
+    layout, iteration = subject.layout, subject.iteration
+    assert layout is not None, "runs and iterations have a layout"
     if iteration is None:
+        begun = layout.iterations()
         if pairs:
-            raise ConfigError(
-                f"{path} is a whole run; name an iteration, such as {path}:{max(begun, default=0)}"
-            )
-        return {"run": str(path), "iterations": begun, "artifacts": _artifacts(layout)}
-    if iteration not in begun:
-        among = ", ".join(map(str, begun)) or "none yet"
-        raise InputError(f"{path} has no iteration {iteration}; it has {among}")
+            last = max(begun, default=0)
+            raise ConfigError(f"{place} is a whole run; name an iteration, such as {place}:{last}")
+        return {"run": place, "iterations": begun, "artifacts": _artifacts(layout)}
     folder = layout.stage(iteration, "pair").parent
     if not pairs:
         return {
-            "run": str(path),
+            "run": str(layout.root),
             "iteration": iteration,
             "artifacts": _artifacts(layout, iteration),
         }
     for stage in ("score", "pair"):
         if (folder / stage / MANIFEST_NAME).is_file():
             return folder / stage
-    raise InputError(f"{folder} has no pairs yet; go on: spin run … --run {path}")
-
-
-def _behind_pointer(path: Path) -> Path:
-    """Return what RUN/champion points to, and any other path as it is."""
-    if path.is_file() and RunLayout(path.parent).record.is_file():
-        pointer = read_pointer(path)
-        if pointer is not None:
-            return inner_path(path.parent, pointer.path)
-    return path
+    raise InputError(f"{folder} has no pairs yet; go on: spin run … --run {layout.root}")
 
 
 def _artifacts(layout: RunLayout, iteration: int | None = None) -> list[dict[str, Any]]:
@@ -282,8 +266,7 @@ def read_shown(artifact: Artifact, query: Query) -> Found:
     """
     name, members = _table(artifact, query)
     if not name.endswith(".parquet"):
-        content = json.loads(artifact.file(name).read_text(encoding="utf-8", errors="replace"))
-        return Found(name, [content if isinstance(content, dict) else {"content": content}])
+        return Found(name, _first_lines(artifact, name, query))
     num_rows = sum(e.rows or 0 for e in artifact.manifest.files if e.path in members)
     if not num_rows:
         return Found(name, [])
@@ -311,6 +294,36 @@ def read_shown(artifact: Artifact, query: Query) -> Found:
     return Found(name, [_shown(row) for row in chosen], words, [] if has_prompts else [_NO_PROMPTS])
 
 
+def _first_lines(artifact: Artifact, name: str, query: Query) -> list[Row]:
+    """Return the content of a JSON file, or some lines of one with an object a line.
+
+    Raises:
+        InputError: it is a file of another kind, which is not read.
+        CorruptError: it is no JSON.
+    """
+    ending = Path(name).suffix
+    if ending not in (".json", ".jsonl"):
+        raise InputError(
+            f"{artifact.path / name} is no table and no JSON; tables are "
+            f"{', '.join(_tables(_groups(artifact.manifest))) or 'none'}"
+        )
+    try:
+        with artifact.file(name).open(encoding="utf-8", errors="replace") as file:
+            lines = islice(file, query.offset, query.offset + query.rows)
+            found = (
+                [json.loads(line) for line in lines] if ending == ".jsonl" else [json.load(file)]
+            )
+    except (ValueError, RecursionError):
+        raise CorruptError(
+            f"{artifact.path / name} is no JSON; delete {artifact.path} and run its stage again"
+        ) from None
+    return [content if isinstance(content, dict) else {"content": content} for content in found]
+
+
+def _tables(groups: Mapping[str, Any]) -> list[str]:
+    return [name for name in groups if name.endswith((".parquet", ".json", ".jsonl"))]
+
+
 def has_table(manifest: Manifest) -> bool:
     """Tell whether an artifact has a table that is shown where none is named."""
     name = MAIN_TABLE.get(manifest.stage)
@@ -332,7 +345,7 @@ def _table(artifact: Artifact, query: Query) -> tuple[str, list[str]]:
             return name, groups[name]
     if any(wanted in members for members in groups.values()):
         return wanted, [wanted]
-    tables = [name for name in groups if name.endswith((".parquet", ".json"))]
+    tables = _tables(groups)
     if query.dropped and query.file is None:
         raise InputError(f"{where} keeps no table of what it dropped; its counts say how much")
     if query.file is None:
@@ -363,18 +376,24 @@ def _with_prompts(
     if data is None:
         yield from (pa.Table.from_batches([batch]) for batch in counted)
         return
-    part = "heldout-" if artifact.manifest.stage in _HELD_OUT else "train-"
-    members = [e.path for e in data.manifest.files if e.path.startswith(part)]
     columns = ["prompt_id", "messages"]
     asked = pa.schema([PROMPTS.field(name) for name in columns])
-    tables = [
-        SortedTable(counted, _counted_schema(schema), artifact.path),
-        SortedTable(_stream(data, members, PROMPTS, columns), asked, data.path),
-    ]
-    for rows, texts in aligned(tables):
+    tables = [SortedTable(counted, _counted_schema(schema), artifact.path)]
+    for part in _parts_asked(artifact.manifest):  # each is sorted by itself
+        members = [e.path for e in data.manifest.files if e.path.startswith(part)]
+        tables.append(SortedTable(_stream(data, members, PROMPTS, columns), asked, data.path))
+    for rows, *found in aligned(tables):
         if rows.num_rows:
+            texts = pa.concat_tables(found)
             places = pc.index_in(rows["prompt_id"], texts["prompt_id"].combine_chunks())
             yield rows.append_column("prompt_messages", texts["messages"].take(places))
+
+
+def _parts_asked(manifest: Manifest) -> tuple[str, ...]:
+    """Return how the names of the data's files begin that have the prompts of an artifact."""
+    if manifest.stage == "suite":
+        return ("heldout-", "train-") if manifest.config.get("asks") == "all" else ("heldout-",)
+    return ("heldout-",) if manifest.stage == "evaluate" else ("train-",)
 
 
 def _spread(tables: Iterator[pa.Table], num_rows: int, wanted: int) -> list[Row]:
@@ -536,7 +555,7 @@ def _sort_key(
     if sort not in SORTS:
         raise ConfigError(f"--sort {sort}: rows are sorted by {', '.join(SORTS)}")
     if sort == "margin":
-        for high, low in _MARGINS:
+        for high, low in MARGINS:
             if _has_values(paths, schema, high) and _has_values(paths, schema, low):
                 return _difference(high, low)
         names = ["margin"]

@@ -52,7 +52,7 @@ ALLOWED = {
     "convergence": BASE | {"decisions", "layout", "recipe"},
     "status": BASE | OF_A_RUN | {"convergence", "data"},
     "verify": BASE | OF_A_RUN,
-    "show": BASE | {"data", "layout"},
+    "show": BASE | {"data", "layout", "subjects"},
     "subjects": BASE | {"layout"},
     "lineage": BASE | {"subjects"},
     "difference": BASE | OF_A_RUN | {"lineage", "subjects"},

@@ -71,10 +71,13 @@ def make(
                 table.extend(rows)
         for name, value in (objects or {}).items():
             write_object(space.file(name), value)
+        for name, text in outcome.get("texts", {}).items():
+            space.file(name).write_text(text)
         return Outcome(counts=outcome.get("counts", {}), metrics=outcome.get("metrics", {}))
 
     refs = {name: each.input_ref(root) for name, each in (inputs or {}).items()}
-    produce(out, Plan(stage, 1, {"seed": 0}, inputs=refs), fill)
+    settings = {"seed": 0, **outcome.get("settings", {})}
+    produce(out, Plan(stage, 1, settings, inputs=refs), fill)
     return out
 
 
@@ -290,6 +293,39 @@ class TestArtifacts:
         text = spin("show", place, "--pairs").stdout
         assert text.index("Ask?") < text.index("Mine") < text.index("Theirs")
 
+    @pytest.mark.parametrize(("asks", "part"), [("heldout", "heldout-"), ("all", "train-")])
+    def test_answers_of_a_suite_have_the_prompts_that_it_asked(
+        self, asks: str, part: str, run: RunLayout
+    ) -> None:
+        data = open_artifact(run.data)
+        asked = read_shown(data, Query(rows=1, file=f"{part}*.parquet")).rows[0]
+        gone = [{"prompt_id": asked["prompt_id"], "reason": "no_answer", "detail": "none"}]
+        place = make(
+            run.suite(0, "quiz"),
+            "suite",
+            {"unscored.parquet": (DROPPED, gone)},
+            inputs={"data": data},
+            root=run.root,
+            settings={"asks": asks},
+        )
+        found = read_shown(open_artifact(place), Query(dropped=True))
+        assert found.rows[0]["prompt"] == asked["prompt"]
+        assert not found.notes
+
+    def test_files_that_are_no_tables_are_shown_as_json_or_refused(self, tmp_path: Path) -> None:
+        place = make(tmp_path / "a", "suite", {}, {"x.json": {"a": 1}})
+        assert json.loads(spin("show", place, "--file", "x.json", "--json").stdout)["rows"] == [
+            {"a": 1}
+        ]
+        lines = "".join(json.dumps({"n": n}) + "\n" for n in range(5))
+        texts = {"said.jsonl": lines, "bad.jsonl": "[" * 200_000, "notes.txt": "text"}
+        place = make(tmp_path / "b", "suite", {}, texts=texts)
+        words = ("--file", "said.jsonl", "--rows", "2", "--offset", "1", "--json")
+        assert json.loads(spin("show", place, *words).stdout)["rows"] == [{"n": 1}, {"n": 2}]
+        assert "is no JSON" in spin("show", place, "--file", "bad.jsonl", expect=4).stderr
+        refused = spin("show", place, "--file", "notes.txt", expect=3).stderr
+        assert "notes.txt is no table and no JSON" in refused
+
     def test_a_table_of_numbers_is_a_table(self, tmp_path: Path) -> None:
         rows = [{"prompt_id": "a", "sample_index": i, "reward": i / 2} for i in range(3)]
         place = make(tmp_path / "r", "reward", {"part-00000.parquet": (REWARDS, rows)})
@@ -312,6 +348,10 @@ class TestPlaces:
         assert text.index("  pair ") < text.index("  score ")
         assert str(run.stage(0, "score")) in text
 
+    def test_the_folder_of_an_iteration_is_that_iteration(self, run: RunLayout) -> None:
+        folder = spin("show", run.root / "iterations" / "000", "--json").stdout
+        assert json.loads(folder) == json.loads(spin("show", f"{run.root}:0", "--json").stdout)
+
     def test_pairs_of_an_iteration_are_the_scored_ones(self, run: RunLayout) -> None:
         text = spin("show", f"{run.root}:0", "--pairs", "--rows", 1).stdout
         assert "reference logprob" in text
@@ -325,7 +365,7 @@ class TestPlaces:
         [
             ("nowhere", "does not exist"),
             ("run:7", "has no iteration 7; it has 0"),
-            ("run/data:0", "no run directory"),
+            ("run/data:0", "does not exist; name a folder with manifest.json, a run, or RUN:N"),
             ("run/iterations", "is no artifact"),
         ],
     )
