@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,15 @@ def run(
     refs = {"data": data.input_ref(root), "model": model.ref}
     reward = find_reward(config.reward, root, config.verify, heldout=True)
     refs |= reward.inputs if reward else {}
+    fingerprints = chat_fingerprints(model.path, config.chat)
     opponent = None
     if inputs.opponent is not None:
         source = resolve_model(inputs.opponent, inputs.opponent_revision, root, config.verify)
         refs["opponent"] = source.ref
-        evaluation = _open_opponent_evaluation(inputs, source.ref, refs, root, config)
+        _check_tokenizer(inputs, source, fingerprints, config)
+        evaluation = _open_opponent_evaluation(inputs, source.ref, config, fingerprints)
+        if evaluation is not None:
+            refs["opponent_evaluation"] = evaluation.input_ref(root)
         same_reward = evaluation is not None and _is_scored_by(reward, evaluation.manifest)
         opponent = _Opponent(source, evaluation, same_reward)
     plan = Plan(
@@ -101,16 +105,16 @@ def run(
             "chat": config.chat.identity(),
         },
         inputs=refs,
-        fingerprints=chat_fingerprints(model.path, config.chat),
+        fingerprints=fingerprints,
     )
 
     def fill(space: Workspace) -> Outcome:
         renderer = make_renderer(model.verified(), config.chat)
         engine, settings = _engine(config), config.evaluate
-        asker = Asker("evaluate", open_engine, engine, settings, config.seed, renderer, space.path)
+        asker = Asker("evaluate", open_engine, engine, settings, config.seed, renderer, space)
         return _fill(space, _Work(config, data, model, reward, asker), opponent)
 
-    return produce(out, plan, fill, reuse=True)
+    return produce(out, plan, fill, resumable=True, reuse=True)
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class _Work:
 def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     config = work.config.evaluate
     examples, refused = _render(work)
-    sampled, greedy = _answer(work, work.model, examples, with_greedy=work.reward is not None)
+    sampled, greedy = _answer(work, "player", work.model, examples, with_greedy=work.reward is not None)
     rows = [_row(e, sampled[e.prompt_id], greedy.get(e.prompt_id), work) for e in examples]
     unscored = _add_rewards(space, rows, examples, work.reward) if work.reward else {}
 
@@ -383,13 +387,15 @@ def _render(work: _Work) -> tuple[list[_Example], int]:
 
 
 def _answer(
-    work: _Work, source: ModelSource, examples: Sequence[_Example], *, with_greedy: bool
+    work: _Work, who: str, source: ModelSource, examples: Sequence[_Example], *, with_greedy: bool
 ) -> tuple[dict[str, Completion], dict[str, Completion]]:
     """Return sampled and greedy answers by prompt id; greedy ones only where they are wanted."""
     sampled: dict[str, Completion] = {}
     greedy: dict[str, Completion] = {}
     wanted = with_greedy and work.config.evaluate.greedy
-    for prompt_id, sample, done in work.asker.answers(source, examples, 1, greedy=wanted):
+    for prompt_id, sample, done in work.asker.answers(
+        source, examples, 1, greedy=wanted, who=who
+    ):
         (greedy if sample == GREEDY else sampled)[prompt_id] = done
     return sampled, greedy
 
@@ -436,7 +442,7 @@ def _opponent_samples(
 ) -> dict[str, _OpponentSample]:
     """Return the opponent's own sample for each prompt, from its evaluation or drawn now."""
     if opponent.evaluation is None:
-        sampled, _ = _answer(work, opponent.source, examples, with_greedy=False)
+        sampled, _ = _answer(work, "opponent", opponent.source, examples, with_greedy=False)
         return {
             prompt_id: _OpponentSample(done.token_ids, done.finish_reason, None)
             for prompt_id, done in sampled.items()
@@ -470,12 +476,33 @@ def _logprobs(
     return Scorer(source.verified(), config, renderer.pad_token_id, longest).logprobs(pairs)
 
 
+def _check_tokenizer(
+    inputs: EvaluateInputs,
+    opponent: ModelSource,
+    fingerprints: Mapping[str, str],
+    config: RunConfig,
+) -> None:
+    """Check that the opponent reads and writes the player's tokens.
+
+    Another template of its own is none of its hindrances: both are asked with the player's.
+
+    Raises:
+        InputError: it does not.
+    """
+    theirs = chat_fingerprints(opponent.path, config.chat)
+    if theirs["tokenizer"] != fingerprints["tokenizer"]:
+        raise InputError(
+            f"evaluate: {inputs.opponent} has another tokenizer or other stop tokens than "
+            f"{inputs.model}, so that neither can score what the other says; name an opponent with "
+            "the same tokenizer, or compare both by a suite of kind win_rate"
+        )
+
+
 def _open_opponent_evaluation(
     inputs: EvaluateInputs,
     opponent: InputRef,
-    refs: dict[str, InputRef],
-    root: Path | None,
     config: RunConfig,
+    fingerprints: Mapping[str, str],
 ) -> Artifact | None:
     """Open the opponent's evaluation, if there is one whose samples were drawn as ours are."""
     if inputs.opponent_evaluation is None:
@@ -486,15 +513,32 @@ def _open_opponent_evaluation(
             f"{found.path} evaluates another model than {inputs.opponent}; "
             "give the opponent's own evaluation, or leave out --opponent-evaluation"
         )
-    ours = {"evaluate": config.evaluate.identity(), "chat": config.chat.identity()}
-    differing = [name for name, mine in ours.items() if found.manifest.config[name] != mine]
+    theirs = found.manifest.config
+    ours = {
+        "seed": config.seed,
+        "evaluate": config.evaluate.identity() | {"engine": None},
+        "chat": config.chat.identity(),
+        "chat template": fingerprints["template"],
+    }
+    drawn = {
+        **theirs,
+        "evaluate": theirs["evaluate"] | {"engine": None},
+        "chat template": found.manifest.fingerprints.get("template"),
+    }
+    differing = [name for name, mine in ours.items() if drawn.get(name) != mine]
     if differing:
         _log.warning(
             "%s was made with other settings (%s): the opponent answers anew, and its answers have "
             "no reward to compare with (alarm accuracy_drop)", found.path, " and ".join(differing),
         )  # fmt: skip
         return None
-    refs["opponent_evaluation"] = found.input_ref(root)
+    engine, their_engine = _engine(config).identity(), theirs["engine"]
+    others = sorted(name for name, mine in engine.items() if their_engine.get(name) != mine)
+    if others:
+        _log.warning(
+            "%s was drawn by another engine (%s): the same seeds give other samples, so look at "
+            "intervals, not at single prompts", found.path, ", ".join(others),
+        )  # fmt: skip
     return found
 
 
