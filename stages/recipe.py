@@ -140,7 +140,8 @@ class Recipe:
         return {
             "base": self.base,
             "iterations": {str(span): block for span, block in self.iterations.items()},
-            "overrides": self.overrides,
+            # a list: their order decides, and JSON objects have none
+            "overrides": [[name, value] for name, value in self.overrides.items()],
             "source": self.source,
             "folder": str(self.folder) if self.folder else None,
         }
@@ -213,7 +214,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     return Recipe(
         base=data["base"],
         iterations={read_span(text): block for text, block in data["iterations"].items()},
-        overrides=data["overrides"],
+        overrides=dict(data["overrides"]),
         source=data["source"],
         folder=Path(data["folder"]) if data["folder"] else None,
     )

@@ -7,7 +7,9 @@ import pytest
 
 from stages.config import RunConfig
 from stages.errors import ConfigError
+from stages.layout import RunLayout
 from stages.recipe import known_keys, load_recipe, recipe_from_json
+from stages.run_record import read_recipe, start_or_resume
 
 RECIPE = """
 name: example
@@ -60,6 +62,22 @@ def test_the_last_override_wins_whether_of_all_or_of_some_iterations() -> None:
     assert recipe.for_iteration(1).train.beta == 0.3
     again = recipe.with_overrides(["iterations.1.train.beta=0.4"])
     assert again.for_iteration(1).train.beta == 0.4
+
+
+def test_the_order_of_overrides_survives_the_runs_record(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "iterations: {2-3: {train: {beta: 0.2}}, 1-2: {train: {beta: 0.1}}, 4: {train: {beta: 1}}}"
+    )
+    recipe = load_recipe(path, ["train.epochs=2", "iterations.1+.train.epochs=3"])
+    layout = RunLayout(tmp_path / "run")
+    start_or_resume(layout, recipe)
+    recorded = read_recipe(layout)
+    for iteration in range(5):
+        assert recorded.for_iteration(iteration) == recipe.for_iteration(iteration)
+    swapped = load_recipe(path, ["iterations.1+.train.epochs=3", "train.epochs=2"])
+    with pytest.raises(ConfigError, match="started with another recipe: train.epochs"):
+        start_or_resume(layout, swapped)
 
 
 def test_a_mistake_in_a_block_names_the_iteration(tmp_path: Path) -> None:
