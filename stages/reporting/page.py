@@ -58,13 +58,15 @@ class DecisionRow:
     tree: Verdict | None
 
 
-def render(view: RunView, *, drawer: Drawer | None = None, live: bool = False) -> str:
+def render(view: RunView, *, drawer: Drawer | None = None, state: str | None = None) -> str:
     """Return the report as HTML; the same run gives the same text.
 
     Args:
         drawer: keeps what was drawn for an earlier page of the same run.
-        live: whether the page comes from a server, which it then asks for news.
+        state: names what the run holds, where the page comes from a server: the page then asks it
+            whether that is still so.
     """
+    live = state is not None
     drawer = drawer or Drawer()
     block, not_shown = _samples(view)
     css = _read("style.css") + _read("page.css") + (block.css if block else "")
@@ -75,6 +77,7 @@ def render(view: RunView, *, drawer: Drawer | None = None, live: bool = False) -
         .render(
             policy=policy(css, scripts, live=live),
             live=live,
+            state=state,
             css=Markup(css),
             scripts=[Markup(script) for script in scripts],
             samples=block,

@@ -65,7 +65,7 @@ class Pages:
         with self._lock:  # matplotlib's settings are shared by all threads
             state = self.state()
             if state != self._state:
-                self._page = render(collect(self.run), drawer=self.drawer, live=True)
+                self._page = render(collect(self.run), drawer=self.drawer, state=state)
                 self._state = state
             return self._page
 

@@ -42,13 +42,15 @@
   const EVERY_MS = 3000;
   const SLOWEST_MS = 30000;
   const status = document.getElementById("live");
-  let tag = null;
+  let shown = document.body.dataset.state; // the state of the run that this page tells
+  let isLive = false;
   let wait = EVERY_MS;
 
   const say = (text) => {
     if (status.textContent !== text) status.textContent = text;
   };
   const now = () => new Date().toLocaleTimeString();
+  class Refused extends Error {} // the server answers, but has no page
 
   // What was open stays open, and what was closed closed.
   function keepOpen(from, to) {
@@ -88,29 +90,30 @@
 
   async function update() {
     const answer = await fetch("/", { cache: "no-store" });
-    if (!answer.ok) throw new Error(answer.statusText);
+    if (!answer.ok) throw new Refused(answer.statusText);
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
     let changed = 0;
     for (const section of fresh.querySelectorAll("section[data-live]")) changed += takeSection(section);
     takeSamples(fresh);
     document.title = fresh.title;
+    shown = fresh.body.dataset.state;
     if (changed) say(`Updated at ${now()}`);
+    return changed > 0;
   }
 
   async function look() {
     try {
-      const headers = tag ? { "If-None-Match": tag } : {};
+      const headers = { "If-None-Match": `"${shown}"` };
       const answer = await fetch("/state", { cache: "no-store", headers });
-      if (answer.status === 200) {
-        const before = tag;
-        tag = answer.headers.get("ETag");
-        if (before) await update();
-        else say("Live");
-      } else if (answer.status !== 304) throw new Error(answer.statusText);
-      else if (wait > EVERY_MS) say("Live");
+      if (answer.status !== 200 && answer.status !== 304) throw new Refused(answer.statusText);
+      const told = answer.status === 200 && (await update());
+      if (!told && !isLive) say("Live");
+      isLive = true;
       wait = EVERY_MS;
-    } catch {
-      say("The server has ended; this is its last page");
+    } catch (error) {
+      const why = error instanceof Refused ? "The run cannot be read" : "The server has ended";
+      say(`${why}; this is its last page`);
+      isLive = false;
       wait = Math.min(2 * wait, SLOWEST_MS);
     }
     setTimeout(look, document.hidden ? SLOWEST_MS : wait);
