@@ -18,6 +18,7 @@ from stages.artifacts.tables import Row
 from stages.config import AlpacaEvalSuiteConfig, EngineConfig
 from stages.data.chat import chat_fingerprints, make_renderer
 from stages.data.measures import Measure, write_measures
+from stages.engines import gpus_used
 from stages.engines.base import Completion
 from stages.errors import InputError
 from stages.model.source import ModelSource
@@ -101,7 +102,8 @@ def _ask(work: SuiteWork, suite: AlpacaEvalSuiteConfig) -> Manifest:
 
     def fill(space: Workspace) -> Outcome:
         answers = _answers(work, suite, model, instructions, space.path)
-        return _write_answers(space, inputs.name, instructions, answers, plan.key)
+        gpus = gpus_used(_engine(work, suite))
+        return _write_answers(space, inputs.name, instructions, answers, plan.key, gpus)
 
     return produce(work.out, plan, fill, reuse=True)
 
@@ -159,13 +161,14 @@ def _write_answers(
     instructions: Sequence[Instruction],
     answers: Mapping[str, Answer],
     key: str,
+    gpus: int,
 ) -> Outcome:
     rows = [
         exchange.answer_row(i.prompt_id, i.dataset or KIND, i.text, answers[i.prompt_id])
         for i in instructions
     ]
     counts = exchange.write_answers(space, name, rows)
-    generator = exchange.generator_name(key)
+    generator = exchange.generator_name(key, rows)
     exported = [
         {
             "instruction": one.text,
@@ -179,7 +182,7 @@ def _write_answers(
     return Outcome(
         counts=counts,
         metrics=write_measures(space, _measured_answers(answers), {}),
-        info={exchange.GENERATOR: generator},
+        info={exchange.GENERATOR: generator, "gpus": gpus},
         tokens=sum(answer.num_tokens for answer in answers.values()),
     )
 
@@ -240,7 +243,7 @@ def preferences(
             raise InputError(f"{where}: this answer is judged twice; leave one annotation")
         found[waiting[key].pop(0)] = _preference(row, where)
     if not found:
-        names = sorted({str(row.get("generator_2")) for row in annotations})
+        names = sorted({exchange.shown(row.get("generator_2")) for row in annotations})
         raise InputError(
             f"{path} does not judge {generator}, whose answers these are (it has "
             f"{', '.join(names[:5]) or 'nothing'}); run: alpaca_eval --model_outputs {OUTPUTS}"
@@ -254,17 +257,27 @@ def _preference(row: Mapping[str, Any], where: str) -> Judgement:
     if isinstance(value, float) and math.isnan(value):  # pandas' null
         value = None
     if value is not None:
-        value = float(exchange.field(row, "preference", (int, float), where))
+        value = exchange.field(row, "preference", (int, float), where)
         if value != DRAW and not 1 <= value <= 2:
-            raise InputError(f"{where}: preference {value} is not from 1 to 2; mend the file")
-        value = 0.5 if value == DRAW else value - 1
+            raise InputError(
+                f"{where}: preference {exchange.shown(value)} is not from 1 to 2; mend the file"
+            )
+        value = 0.5 if value == DRAW else float(value) - 1
     return Judgement(
         score=value,
-        judge=str(row.get("annotator")),
+        judge=exchange.field(row, "annotator", str, where),
         text=text if isinstance(text, str) else None,
         other=exchange.field(row, "output_1", str, where),
-        other_by=str(row.get("generator_1")),
+        other_by=_name_of_other(row, where),
     )
+
+
+def _name_of_other(row: Mapping[str, Any], where: str) -> str | None:
+    """Return whose answer ours was compared with; AlpacaEval does not know it of every file."""
+    if row.get("generator_1") is None:
+        return None
+    name: str = exchange.field(row, "generator_1", str, where)
+    return name
 
 
 def _measured_preferences(rows: Sequence[Row]) -> Iterator[Measure]:

@@ -26,7 +26,7 @@ from stages.artifacts import (
     read_rows,
     run_root,
 )
-from stages.artifacts.keys import sha256_bytes
+from stages.artifacts.keys import sha256_bytes, sha256_text
 from stages.artifacts.tables import Row
 from stages.data.measures import Measure, write_measures
 from stages.data.rows import DROPPED, SUITE_EXAMPLES
@@ -116,10 +116,7 @@ def parse_lines(data: bytes, path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
+        value = _parsed(line)
         if not isinstance(value, dict):
             raise InputError(f"{path} line {number} holds no JSON object; mend the file")
         found.append(value)
@@ -132,13 +129,29 @@ def parse_list(data: bytes, path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: it holds something else.
     """
-    try:
-        value = json.loads(data)
-    except ValueError:
-        value = None
+    value = _parsed(data)
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise InputError(f"{path} holds no JSON list of objects; mend the file")
     return value
+
+
+def _parsed(data: bytes) -> Any:
+    """Return what JSON says; None where it is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def shown(value: object, most: int = 60) -> str:
+    """Return a value of an outside file for a message: on one line, short, and valid Unicode."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    text = " ".join(text[: 10 * most].split())  # what comes after is not shown
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -149,7 +162,8 @@ def field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], wher
     """
     value = row.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        seen = f"is {json.dumps(value)[:60]}" if name in row else "is not there"
+        said = json.dumps(value) if isinstance(value, str) else value
+        seen = f"is {shown(said)}" if name in row else "is not there"
         raise InputError(f"{where}: {name} {seen}; is it the file you meant?")
     check_text(value, f"{where}: {name}")
     return value
@@ -179,9 +193,17 @@ def word(text: str) -> str:
     return _NO_WORD.sub("_", text.lower()).strip("_") or "other"
 
 
-def generator_name(key: str) -> str:
-    """Return what a judge's files call a model whose answers have this key."""
-    return f"spin-{key[:12]}"
+def generator_name(key: str, rows: Iterable[Row]) -> str:
+    """Return what a judge's files call a model that gave these very answers.
+
+    The key alone does not say which they are: an engine may draw others under the same settings.
+
+    Args:
+        key: that of the artifact.
+        rows: the answers, rows of SUITE_EXAMPLES.
+    """
+    answers = [[row["prompt_id"], row["response"]] for row in rows]
+    return f"spin-{sha256_text(json.dumps([key, answers]))[:12]}"
 
 
 def file_ref(path: Path, data: bytes) -> InputRef:
@@ -396,7 +418,8 @@ def check_one_judge(found: Mapping[str, Judgement], path: Path) -> None:
     for what, several in (("judges", judges), ("models compared with", references)):
         if len(several) > 1:
             raise InputError(
-                f"{path} has several {what} ({', '.join(several[:5])}); leave one of them"
+                f"{path} has several {what} ({', '.join(map(shown, several[:5]))}); leave one of "
+                "them"
             )
 
 

@@ -84,7 +84,7 @@ def read_questions(data: bytes, path: Path) -> list[Question]:
     """
     questions: list[Question] = []
     for row in exchange.parse_lines(data, path):
-        where = f"{path}, question {json.dumps(row.get('question_id'))[:40]}"
+        where = f"{path}, question {exchange.shown(row.get('question_id'), 40)}"
         question_id = exchange.field(row, "question_id", (int, str), where)
         category = exchange.field(row, "category", str, where)
         turns = exchange.field(row, "turns", list, where)
@@ -130,7 +130,8 @@ def _ask(work: SuiteWork, suite: MtBenchSuiteConfig) -> Manifest:
 
     def fill(space: Workspace) -> Outcome:
         answers = _Interview(work, suite, model, questions, space.path).answers()
-        return _write_answers(space, inputs.name, questions, answers, plan.key)
+        gpus = engines.gpus_used(_engine(work, suite))
+        return _write_answers(space, inputs.name, questions, answers, plan.key, gpus)
 
     return produce(work.out, plan, fill, reuse=True)
 
@@ -257,7 +258,12 @@ def _prompt(question: Question, turn: int, before: Mapping[Any, Answer]) -> Row:
 
 
 def _write_answers(
-    space: Workspace, name: str, questions: Sequence[Question], answers: _Answers, key: str
+    space: Workspace,
+    name: str,
+    questions: Sequence[Question],
+    answers: _Answers,
+    key: str,
+    gpus: int,
 ) -> Outcome:
     rows = [
         exchange.answer_row(_id(q, turn), q.category, prompt, answers[q.question_id, turn])
@@ -265,13 +271,13 @@ def _write_answers(
         for turn, prompt in enumerate(q.turns, 1)
     ]
     counts = exchange.write_answers(space, name, rows)
-    generator = exchange.generator_name(key)
+    generator = exchange.generator_name(key, rows)
     exported = exchange.lines(_model_answer(q, answers, generator) for q in questions)
     space.file(f"model_answer/{generator}.jsonl").write_bytes(exported)
     return Outcome(
         counts=counts,
         metrics=write_measures(space, _measured_answers(questions, answers), {}),
-        info={exchange.GENERATOR: generator},
+        info={exchange.GENERATOR: generator, "gpus": gpus},
         tokens=sum(answer.num_tokens for answer in answers.values()),
     )
 
@@ -308,8 +314,8 @@ def _read_back(work: SuiteWork, path: Path) -> Manifest:
         unknown = sorted(found.keys() - {row["prompt_id"] for row in exported.rows})
         if unknown:
             raise InputError(
-                f"{path} judges {unknown[0]} (question/turn), which was not asked; it is about "
-                "other questions than the answers"
+                f"{path} judges {exchange.shown(unknown[0])} (question/turn), which was not asked; "
+                "it is about other questions than the answers"
             )
         return exchange.write_judged(space, exported, found, _measured_scores)
 
@@ -331,18 +337,20 @@ def judgements(
         )
     ours = [row for row in rows if row.get("model") == generator]
     if not ours:
-        others = sorted({str(row.get("model")) for row in rows})
+        others = sorted({exchange.shown(row.get("model")) for row in rows})
         raise InputError(
             f"{path} does not judge {generator}, whose answers these are (it has "
             f"{', '.join(others[:5]) or 'nothing'}); judge model_answer/{generator}.jsonl"
         )
     found: dict[str, Judgement] = {}
     for row in ours:
-        where = f"{path}, question {json.dumps(row.get('question_id'))[:40]}"
+        where = f"{path}, question {exchange.shown(row.get('question_id'), 40)}"
         question_id = exchange.field(row, "question_id", (int, str), where)
         turn = exchange.field(row, "turn", int, where)
         if f"{question_id}/{turn}" in found:
-            raise InputError(f"{where}: turn {turn} is judged twice; leave one judgement")
+            raise InputError(
+                f"{where}: turn {exchange.shown(turn)} is judged twice; leave one judgement"
+            )
         found[f"{question_id}/{turn}"] = _judgement(row, where)
     exchange.check_one_judge(found, path)
     return found
@@ -351,14 +359,23 @@ def judgements(
 def _judgement(row: Mapping[str, Any], where: str) -> Judgement:
     score = exchange.field(row, "score", (int, float), where)
     if score != NO_SCORE and not LEAST_SCORE <= score <= MOST_SCORE:
-        raise InputError(f"{where}: score {score} is not from 1 to 10; mend the file")
-    judge, text = row.get("judge"), row.get("judgment")
+        raise InputError(
+            f"{where}: score {exchange.shown(score)} is not from 1 to 10; mend the file"
+        )
+    text = row.get("judgment")
     return Judgement(
         score=None if score == NO_SCORE else float(score),
-        # FastChat writes the judge's model with the name of its prompt.
-        judge=str(judge[0] if isinstance(judge, list) and judge else judge),
+        judge=_judge(row, where),
         text=text if isinstance(text, str) else None,
     )
+
+
+def _judge(row: Mapping[str, Any], where: str) -> str:
+    """Return the judge's model, which FastChat writes with the name of its prompt."""
+    judge = row.get("judge")
+    name = judge[0] if isinstance(judge, list) and judge else judge
+    found: str = exchange.field({**row, "judge": name}, "judge", str, where)
+    return found
 
 
 def _measured_scores(rows: Sequence[Row]) -> Iterator[Measure]:

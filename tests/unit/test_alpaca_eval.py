@@ -1,6 +1,7 @@
 """AlpacaEval: instructions out, annotations in, and win rates with and without length."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 
 from stages import suite
 from stages.artifacts import Manifest, open_artifact, read_rows
-from stages.config import RunConfig
+from stages.config import EngineConfig, RunConfig
 from stages.data.measures import read_measures
 from stages.data.rows import DROPPED, SUITE_EXAMPLES
+from stages.engines import gpus_used
 from stages.errors import ConfigError, InputError
 from stages.suites.base import SuiteInputs
 from stages.suites.length_control import length_controlled
@@ -86,7 +88,8 @@ def annotated(
 
 
 def test_answers_are_exported_as_alpaca_eval_reads_them(answers: Path) -> None:
-    name = f"spin-{open_artifact(answers).manifest.key[:12]}"
+    name = open_artifact(answers).manifest.info["generator"]
+    assert re.fullmatch(r"spin-[0-9a-f]{12}", name)
     assert exported(answers) == [
         {"instruction": row["instruction"], "output": text, "generator": name,
          "dataset": row["dataset"]}
@@ -181,7 +184,14 @@ def test_answers_are_known_by_their_texts_where_the_annotator_gave_another_name(
     [
         ({"generator_2": "x", "output_2": "y"}, r"does not judge spin-\w+.*\(it has x\)"),
         ({"output_2": "another text"}, "annotation 0: its output_2 is not what spin-"),
-        ({"preference": 3}, "annotation 0: preference 3.0 is not from 1 to 2"),
+        ({"preference": 3}, "annotation 0: preference 3 is not from 1 to 2"),
+        ({"preference": 10**400}, "annotation 0: preference 10{59}… is not from 1 to 2"),
+        ({"preference": float("inf")}, "preference Infinity is not from 1 to 2"),
+        ({"annotator": None}, "annotation 0: annotator is null"),
+        ({"annotator": "half a \ud83d"}, "annotator is no valid Unicode"),
+        ({"generator_1": ["x"]}, r'generator_1 is \["x"\]'),
+        ({"generator_1": "half a \ud83d"}, "generator_1 is no valid Unicode"),
+        ({"generator_2": "\ud83d", "output_2": "y"}, r"does not judge spin-.*\(it has \\ud83d\)"),
         ({"preference": 0.5}, "preference 0.5 is not from 1 to 2"),
         ({"preference": "2"}, 'preference is "2"'),
         ({"output_1": None}, "output_1 is null"),
@@ -191,8 +201,28 @@ def test_answers_are_known_by_their_texts_where_the_annotator_gave_another_name(
 def test_annotations_of_something_else_are_refused(
     tmp_path: Path, answers: Path, change: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(InputError, match=text):
+    with pytest.raises(InputError, match=text) as told:
         read_back(tmp_path / "out", answers, annotated(answers, [2, 2, 2, 2], **change))
+    str(told.value).encode()  # it can be shown
+    assert len(str(told.value).replace(str(tmp_path), "")) < 250
+
+
+def test_an_annotator_need_not_know_whose_the_reference_is(tmp_path: Path, answers: Path) -> None:
+    rows = annotated(answers, [2, 2, 2, 2], generator_1=None)
+    made = read_back(tmp_path / "out", answers, rows)
+    assert made.info == {"judge": "weighted_alpaca_eval_gpt4_turbo"}
+
+
+def test_other_answers_under_the_same_settings_have_another_name(
+    tmp_path: Path, tiny_model_dir: Path, answers: Path
+) -> None:
+    """An engine may draw others: what an annotator said of those is not taken for these."""
+    engine = Replies(tiny_model_dir, lambda request: "Another")
+    file = write_json(tmp_path / "alpaca_eval.json", INSTRUCTIONS)
+    drawn = ask(tmp_path / "out", file, tiny_model_dir, engine)
+    assert drawn.key == open_artifact(answers).manifest.key
+    assert drawn.info["generator"] != open_artifact(answers).manifest.info["generator"]
+    assert drawn.info["gpus"] == gpus_used(EngineConfig())
 
 
 def test_one_annotator_one_reference_and_one_annotation_an_answer(
@@ -211,6 +241,7 @@ def test_one_annotator_one_reference_and_one_annotation_an_answer(
     ("content", "text"),
     [
         ("{}", "holds no JSON list"),
+        pytest.param("[" * 200_000, "holds no JSON list", id="nested"),
         ("[1]", "holds no JSON list"),
         ("[]", "has no instruction"),
         ('[{"instruction": 5}]', "instruction 0: instruction is 5"),

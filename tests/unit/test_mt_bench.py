@@ -1,6 +1,7 @@
 """MT-Bench: two turns, FastChat's files, and scores that come back only to their own answers."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from typer.testing import CliRunner
 from spin_cli.app import app
 from stages import suite
 from stages.artifacts import Manifest, open_artifact, read_rows
-from stages.config import RunConfig
+from stages.config import EngineConfig, RunConfig
 from stages.data.measures import read_measures
 from stages.data.rows import DROPPED, SUITE_EXAMPLES
+from stages.engines import gpus_used
 from stages.errors import ConfigError, InputError
 from stages.suites.base import SuiteInputs
 from stages.suites.mt_bench import TEMPERATURES, read_questions, temperature_of
@@ -112,7 +114,8 @@ def test_temperatures_are_fastchats_by_category(asked: tuple[Path, Replies]) -> 
 def test_answers_are_exported_as_fastchat_writes_them(asked: tuple[Path, Replies]) -> None:
     out, _ = asked
     name, rows = exported(out)
-    assert name == f"spin-{open_artifact(out).manifest.key[:12]}"
+    assert re.fullmatch(r"spin-[0-9a-f]{12}", name)
+    assert name == open_artifact(out).manifest.info["generator"]
     assert [row["question_id"] for row in rows] == [81, 111, 141, 200]
     for row in rows:
         number = row["question_id"]
@@ -222,6 +225,16 @@ def test_what_has_no_rating_is_left_out_and_counted(
         ({"turn": 3}, "which was not asked"),
         ({"question_id": 82}, "which was not asked"),
         ({"judge": ["me", "v1"]}, r"has several judges \(gpt-4, me\)"),
+        ({"judge": None}, "question 81: judge is null"),
+        ({"judge": [None, "v1"]}, "question 81: judge is null"),
+        ({"judge": []}, r"question 81: judge is \[\]"),
+        ({"judge": "half a \ud83d"}, "question 81: judge is no valid Unicode"),
+        ({"judge": "me " * 90}, r"has several judges \(gpt-4, (me ){20}…\)"),
+        ({"score": 10**400}, r"score 10{59}… is not from 1 to 10"),
+        ({"score": float("nan")}, "score NaN is not from 1 to 10"),
+        ({"turn": 10**400}, r"judges 81/10{56}… \(question"),
+        ({"model": "half a \ud83d"}, r"does not judge spin-\w+, .*it has half a \\ud83d\)"),
+        ({"model": ["x"] * 90}, r"does not judge spin-\w+, .*it has .{60}…\)"),
     ],
 )
 def test_judgements_of_something_else_are_refused(
@@ -230,8 +243,39 @@ def test_judgements_of_something_else_are_refused(
     rows = judgements(asked[0])
     everywhere = "model" in change
     changed = [row | change if everywhere or i == 0 else row for i, row in enumerate(rows)]
-    with pytest.raises(InputError, match=text):
+    with pytest.raises(InputError, match=text) as told:
         read_back(tmp_path / "out", asked[0], write_lines(tmp_path / "j.jsonl", changed))
+    assert_one_line(told.value)
+
+
+def assert_one_line(error: InputError) -> None:
+    assert "\n" not in str(error)
+    str(error).encode()  # it can be shown
+    assert error.exit_code == 3
+
+
+def test_other_answers_under_the_same_settings_have_another_name(
+    tmp_path: Path, questions: Path, tiny_model_dir: Path, asked: tuple[Path, Replies]
+) -> None:
+    """An engine may draw others: what a judge said of those is not taken for these."""
+    engine = Replies(tiny_model_dir, lambda request: "B " + request)
+    drawn = ask(tmp_path / "drawn", questions, tiny_model_dir, engine)
+    answers, _ = asked
+    assert drawn.key == open_artifact(answers).manifest.key
+    judged = write_lines(tmp_path / "j.jsonl", judgements(answers))
+    with pytest.raises(InputError, match=r"does not judge spin-\w+, whose answers these are"):
+        read_back(tmp_path / "out", tmp_path / "drawn", judged)
+
+
+def test_who_is_asked_says_how_many_gpus(
+    tmp_path: Path, questions: Path, tiny_model_dir: Path, asked: tuple[Path, Replies]
+) -> None:
+    assert open_artifact(asked[0]).manifest.info["gpus"] == gpus_used(EngineConfig())
+    engine = Replies(tiny_model_dir, lambda _: "A")
+    made = ask(
+        tmp_path / "out", questions, tiny_model_dir, engine, engine={"name": "vllm", "gpus": 3}
+    )
+    assert made.info["gpus"] == 3
 
 
 def test_a_turn_that_is_judged_twice_is_refused(
@@ -246,6 +290,9 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, asked: tuple[Path, Repli
     broken = tmp_path / "j.jsonl"
     broken.write_text('{"model": "x"}\n\n[1]\n')
     with pytest.raises(InputError, match="line 3 holds no JSON object"):
+        read_back(tmp_path / "out", asked[0], broken)
+    broken.write_text("[" * 200_000)
+    with pytest.raises(InputError, match="line 1 holds no JSON object"):
         read_back(tmp_path / "out", asked[0], broken)
     with pytest.raises(InputError, match="--judged .* cannot be read"):
         read_back(tmp_path / "out", asked[0], tmp_path / "nowhere")
