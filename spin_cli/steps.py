@@ -8,13 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages import tracking
 from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.config import RunConfig, TaskSuiteConfig, suite_of
 from stages.errors import ConfigError
+from stages.headlines import in_order, rival_of
 from stages.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -31,11 +32,9 @@ FIGURES = {
         "sampled_accuracy", "greedy_accuracy", "heldout_reward_accuracy", "heldout_kl",
         "sampled_mean_tokens", "sampled_cut_off_share", "human_logprob_per_token", "prompts",
     ),
-    "suite": (
-        "accuracy", "greedy_accuracy", "win_rate", "length_controlled_win_rate", "score",
-    ),
 }  # fmt: skip
-"""What is told first of each stage, where it has more figures than fit a line."""
+"""What is told first of each stage, where it has more figures than fit a line; of a suite see
+`in_order`."""
 log = logging.getLogger("spin")
 
 
@@ -272,13 +271,29 @@ def _use_threads(count: int | None) -> None:
 
 
 def _figures(manifest: Manifest) -> str:
-    """Return a stage's key figures, then its other metrics and counts, as many as fit a line."""
-    happened = [(n, v) for n, v in manifest.counts.items() if v or not n.startswith("dropped_")]
-    figures = {**manifest.metrics, **dict(happened)}
-    first = [name for name in FIGURES.get(manifest.stage, ()) if name in figures]
-    ordered = {name: figures[name] for name in [*first, *figures]}
-    shown = [f"{name} {_figure(value)}" for name, value in ordered.items() if value is not None]
-    return "".join(f", {text}" for text in shown[:MAX_FIGURES])
+    """Return a stage's key figures, as many as fit a line; of a suite also whom it compares with.
+
+    Of a suite it is told how many are left out: which they are depends on the recipe.
+    """
+    figures = {name: value for name, value in ordered(manifest).items() if value is not None}
+    shown = [f"{name} {_figure(value)}" for name, value in list(figures.items())[:MAX_FIGURES]]
+    if manifest.stage == "suite":
+        rival = rival_of(manifest)
+        shown = [f"against {rival}", *shown] if rival else shown
+        more = len(figures) - MAX_FIGURES
+        shown += [f"and {more} more"] if more > 0 else []
+    return "".join(f", {text}" for text in shown)
+
+
+def ordered(manifest: Manifest) -> dict[str, Any]:
+    """Return a stage's key figures, then its other metrics and counts."""
+    happened = {n: v for n, v in manifest.counts.items() if v or not n.startswith("dropped_")}
+    figures = {**manifest.metrics, **happened}
+    if manifest.stage == "suite":
+        first = in_order(manifest.metrics, manifest.config.get("kind"))
+    else:
+        first = [name for name in FIGURES.get(manifest.stage, ()) if name in figures]
+    return {name: figures[name] for name in [*first, *figures]}
 
 
 def _figure(value: float | int | str | bool) -> str:

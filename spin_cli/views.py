@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from spin_cli.screen import put, put_table
+from stages.headlines import in_order
 from stages.layout import RunLayout
 from stages.status import stage_state, status
 
 MISSING = "-"
 MAX_COLUMNS = 5
-"""Figures of a suite that are shown; `spin show` has all."""
+"""Figures of a suite that are shown."""
 _COLUMNS = (
     ("sampled", "sampled_accuracy", ".1%"),
     ("greedy", "greedy_accuracy", ".1%"),
@@ -120,11 +121,12 @@ def _put_suites(found: dict[str, Any]) -> None:
         have = [
             (label, row["suites"][name]["metrics"]) for label, row in parts if name in row["suites"]
         ]
-        names = dict.fromkeys(c for _, metrics in have for c in metrics)
-        columns = list(names)[:MAX_COLUMNS]
+        names = in_order(c for _, metrics in have for c in metrics)
+        columns, more = names[:MAX_COLUMNS], len(names[MAX_COLUMNS:])
+        caption = f"suite {name}{f', and {more} more metrics by --json' if more else ''}"
         cells = [[label, *(_number(m.get(c)) for c in columns), ""] for label, m in have]
         put("")
-        put_table(["iteration", *columns, ""], cells, caption=f"suite {name}")
+        put_table(["iteration", *columns, ""], cells, caption=caption)
 
 
 def _number(value: Any) -> str:

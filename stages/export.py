@@ -19,6 +19,7 @@ from stages.config import RunConfig
 from stages.data.measures import INTERVALS_FILE, METRICS_FILE
 from stages.decisions import read_decision
 from stages.errors import ConfigError, InputError
+from stages.headlines import in_order, kind_of
 from stages.layout import RunLayout
 from stages.lineage import KEY_CHARS, Lineage, flat, made_with, notable_settings, trace
 from stages.model.base import BASE_NAME, is_adapter
@@ -230,11 +231,8 @@ def _columns(suite: str, rows: list[Evaluated], config: RunConfig) -> list[str]:
             for name in _asked(config)
             if name.startswith(f"{suite}.")
         ]
-        names = [
-            *asked,
-            *(n for r in rows for n in r.intervals),
-            *(n for r in rows for n in r.metrics),
-        ]
+        found = [*(n for r in rows for n in r.intervals), *(n for r in rows for n in r.metrics)]
+        names = [*asked, *in_order(found, kind_of(config, suite))]
     present = [n for n in dict.fromkeys(names) if any(n in row.metrics for row in rows)]
     return present[:_MAX_COLUMNS]
 

@@ -202,7 +202,8 @@ def _figures(card: Card) -> str:
         for row in rows:
             label = f"**{row.label}**" if row.is_exported else row.label
             lines.append(_row([label, *(_figure(row, name) for name in columns)]))
-        lines.append("")
+        more = len({name for row in rows for name in row.metrics} - {*columns})
+        lines.append(f"\nAnd {more} more metrics, found in the run.\n" if more else "")
     if len(lines) == 2:
         lines.append("None of its iterations was evaluated.\n")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.headlines import in_order, kind_of
 from stages.reporting import numbers
 from stages.reporting.charts import (
     RAMP,
@@ -100,10 +101,11 @@ def course(view: RunView) -> list[Group]:
 def _suite_group(view: RunView, suite: str) -> Group | None:
     found = [view.start_suites, *(t.suites for t in view.iterations)]
     evaluations = [each[suite] for each in found if suite in each]
-    names = dict.fromkeys(name for each in evaluations for name in each.metrics)
+    found_names = (name for each in evaluations for name in each.metrics)
+    names = in_order(found_names, kind_of(view.config, suite))
     with_interval = [n for n in names if any(n in each.intervals for each in evaluations)]
     telling = [n for n in with_interval or names if not _is_minor(n)]
-    kept = telling[:MOST_SUITE_PANELS] or list(names)[:1]
+    kept = telling[:MOST_SUITE_PANELS] or names[:1]
     everything = list(dict.fromkeys([*kept, *names]))
     return _course_group(view, f"Suite {suite}", everything, f"{suite}.", panels=len(kept))
 
@@ -143,6 +145,8 @@ def _course_group(
         if any(cell != numbers.MISSING for cell in cells):
             rows.append((label, *cells))
     caption = f"{title or 'Metrics'} by iteration, with 95% intervals"
+    more = len(known) - len(shown)
+    caption += f"; {len(shown)} are drawn above, and {more} more are told here" if more else ""
     table = Table(caption, ("iteration", *known), tuple(rows))
     return Group(title, tuple(figures), (), (table,))
 

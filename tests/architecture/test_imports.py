@@ -28,6 +28,7 @@ ALLOWED = {
     "artifacts": {"errors"},
     "layout": {"artifacts", "errors"},
     "alarms": {"config", "errors"},
+    "headlines": BASE,
     "objective": {"errors"},
     "progress": {"errors"},
     "remote": {"artifacts", "errors"},
@@ -43,7 +44,9 @@ ALLOWED = {
     **dict.fromkeys(("evaluate", "suite"), BELOW_STAGES | {"suites"}),
     "report": BASE | {"reporting"},
     # A run as a whole.
-    "reporting": BASE | OF_A_RUN | {"alarms", "convergence", "data", "lineage", "status"},
+    "reporting": BASE
+    | OF_A_RUN
+    | {"alarms", "convergence", "data", "headlines", "lineage", "status"},
     "run_record": BASE | {"layout", "recipe"},
     "decisions": BASE | {"layout", "recipe", "run_record"},
     "gates": BASE | {"alarms", "data"},
@@ -56,10 +59,10 @@ ALLOWED = {
     "subjects": BASE | {"layout"},
     "lineage": BASE | {"subjects"},
     "difference": BASE | OF_A_RUN | {"lineage", "subjects"},
-    "reproduce": BASE | {"lineage", "recipe", "subjects"},
+    "reproduce": BASE | OF_A_RUN | {"data", "lineage", "subjects"},
     "compare": BASE | {"data", "layout", "lineage", "subjects"},
     "model_card": BASE,
-    "export": BASE | OF_A_RUN | {"data", "lineage", "model", "model_card"},
+    "export": BASE | OF_A_RUN | {"data", "headlines", "lineage", "model", "model_card", "reproduce"},
     "hub": BASE | {"model_card"},
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},
     "spin_cli": BASE
@@ -73,6 +76,7 @@ ALLOWED = {
         "engines",
         "evidence",
         "export",
+        "headlines",
         "hub",
         "lineage",
         "model",

@@ -1,0 +1,66 @@
+"""Which metrics of a suite are told first: a table, a chart or a line has no room for all."""
+
+import re
+from collections.abc import Iterable
+
+from stages.artifacts.manifest import Manifest
+from stages.config import RunConfig
+
+HEADLINES = {
+    "task": ("accuracy", "greedy_accuracy", r"pass@\d+", r"majority@\d+"),
+    "win_rate": (
+        "win_rate", "length_controlled_win_rate", "mean_reward", "other_mean_reward", "tie_share",
+        "position_flip_share",
+    ),
+    "mt_bench": ("score", r"score_turn_\d", r"score_.*"),
+    "alpaca_eval": ("length_controlled_win_rate", "win_rate", r"win_rate_.*", "tie_share"),
+    "lm_eval": (
+        r"open_llm_leaderboard_v1\.average", r"(?!mmlu_).*\.(acc_norm|exact_match|acc)(\..*)?",
+    ),
+}  # fmt: skip
+"""By kind of suite, patterns of whole names, the most telling first."""
+_MINOR = re.compile(r".*(_share|_tokens|_characters|_stderr.*|@1)|prompts|seconds.*")
+"""What is told last: pass@1 and majority@1 are the accuracy, or nearly so."""
+
+
+def in_order(names: Iterable[str], kind: str | None = None) -> list[str]:
+    """Return the metrics of a suite, each once, the most telling first.
+
+    Those of no headline stand behind in the order given, and behind them what is told beside:
+    shares, lengths, errors. Of pass@k and majority@k the highest k stands first.
+
+    Args:
+        kind: the suite's; None where it is not known, which takes the headlines of all kinds.
+    """
+    kinds = [kind] if kind in HEADLINES else list(HEADLINES)
+    patterns = [pattern for each in kinds if each for pattern in HEADLINES[each]]
+    return sorted(dict.fromkeys(names), key=lambda name: _rank(name, patterns))
+
+
+def _rank(name: str, patterns: list[str]) -> tuple[int, int, int, int]:
+    is_minor = _MINOR.fullmatch(name) is not None
+    number = re.search(r"@(\d+)$", name)
+    k = int(number[1]) if number else 0
+    for place, pattern in enumerate(patterns):
+        if k != 1 and "_stderr" not in name and re.fullmatch(pattern, name):
+            # pass@8, majority@8, pass@4, …: what is told of one k stands together
+            group = next(i for i, each in enumerate(patterns) if "@" in each) if k else place
+            return 0, group, -k, place
+    return 2 if is_minor else 1, 0, 0, 0
+
+
+def kind_of(config: RunConfig | None, suite: str) -> str | None:
+    """Return the kind of a suite, where the recipe is known and has it."""
+    found = config.suites.get(suite) if config else None
+    return found.kind if found else None
+
+
+def rival_of(made: Manifest) -> str | None:
+    """Return whom an evaluation compares the model with, as its manifest names it, if with any."""
+    for name in ("against", "opponent"):
+        if name in made.inputs:
+            return made.inputs[name].path
+    if made.config.get("kind") == "win_rate":
+        return "the human answers"
+    reference = made.info.get("reference")
+    return str(reference) if made.stage == "suite" and reference else None
