@@ -152,11 +152,15 @@ class _Work:
 def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     config = work.config.evaluate
     examples, refused = _render(work)
-    sampled, greedy = _answer(work, "player", work.model, examples, with_greedy=work.reward is not None)
+    theirs = _kept_samples(opponent, examples) if opponent else None  # before any engine starts
+    sampled, greedy = _answer(
+        work, "player", work.model, examples, with_greedy=work.reward is not None
+    )
     rows = [_row(e, sampled[e.prompt_id], greedy.get(e.prompt_id), work) for e in examples]
     unscored = _add_rewards(space, rows, examples, work.reward) if work.reward else {}
 
-    theirs = _opponent_samples(work, opponent, examples) if opponent else {}
+    if theirs is None:
+        theirs = _drawn_samples(work, opponent, examples) if opponent else {}
     pairs = [
         PairTokens(
             e.prompt_token_ids,
@@ -393,9 +397,7 @@ def _answer(
     sampled: dict[str, Completion] = {}
     greedy: dict[str, Completion] = {}
     wanted = with_greedy and work.config.evaluate.greedy
-    for prompt_id, sample, done in work.asker.answers(
-        source, examples, 1, greedy=wanted, who=who
-    ):
+    for prompt_id, sample, done in work.asker.answers(source, examples, 1, greedy=wanted, who=who):
         (greedy if sample == GREEDY else sampled)[prompt_id] = done
     return sampled, greedy
 
@@ -437,16 +439,27 @@ def _add_rewards(
     return {"unscored": unscored} if unscored else {}
 
 
-def _opponent_samples(
+def _drawn_samples(
     work: _Work, opponent: _Opponent, examples: Sequence[_Example]
 ) -> dict[str, _OpponentSample]:
-    """Return the opponent's own sample for each prompt, from its evaluation or drawn now."""
+    """Return the opponent's own sample for each prompt, drawn now."""
+    sampled, _ = _answer(work, "opponent", opponent.source, examples, with_greedy=False)
+    return {
+        prompt_id: _OpponentSample(done.token_ids, done.finish_reason, None)
+        for prompt_id, done in sampled.items()
+    }
+
+
+def _kept_samples(
+    opponent: _Opponent, examples: Sequence[_Example]
+) -> dict[str, _OpponentSample] | None:
+    """Return the opponent's own sample for each prompt, from its evaluation; None without one.
+
+    Raises:
+        InputError: the evaluation lacks prompts.
+    """
     if opponent.evaluation is None:
-        sampled, _ = _answer(work, "opponent", opponent.source, examples, with_greedy=False)
-        return {
-            prompt_id: _OpponentSample(done.token_ids, done.finish_reason, None)
-            for prompt_id, done in sampled.items()
-        }
+        return None
     names = ["sampled_token_ids", "sampled_finish_reason", "sampled_reward"]
     file = opponent.evaluation.file("examples.parquet")
     found = {

@@ -44,13 +44,12 @@ from stages.rewards import (
     Unscored,
     find_reward,
     open_reward,
+    shard_prompts,
 )
 
 _log = logging.getLogger("spin")
 
 FORMAT_VERSION = 1
-SHARD_PROMPTS = {"judge": 16, "model": 256}
-MOST_SHARD_PROMPTS = 2048
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -166,7 +165,7 @@ class _Shards:
 
     def __init__(self, space: Workspace, config: RewardConfig, bar: Progress) -> None:
         self._space, self._config, self._bar = space, config, bar
-        self._size = config.shard_prompts or SHARD_PROMPTS.get(config.name, MOST_SHARD_PROMPTS)
+        self._size = shard_prompts(config)
         self._waiting = deque[tuple[str, list[_Asked], _Asked]]()
         """What the reward has been given: shard, all of the shard, and the question."""
         self._scores: list[Row] = []

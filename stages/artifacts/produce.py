@@ -96,6 +96,11 @@ class Plan:
     inputs: Mapping[str, InputRef]
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """What it is called in messages: a suite by the words that ask it."""
+        return f"evaluate --suite {self.config['suite']}" if self.stage == "suite" else self.stage
+
     def key_fields(self) -> dict[str, Any]:
         """Return the fields that the key is the hash of."""
         keys = {name: ref.key for name, ref in self.inputs.items()}
@@ -182,9 +187,9 @@ def produce(
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))
     assert resumable or assist is None, "who assists makes shards that must be kept"
-    assert not (resumable and reuse), "what is copied has no shards"
+    assert assist is None or not reuse, "where others help nothing is copied"
     check_outside_artifacts(out)
-    waited = _Wait(plan.stage, out)
+    waited = _Wait(plan.title, out)
     while True:
         with ExitStack() as held:
             try:
@@ -208,7 +213,7 @@ def _make(
     attempt = _Attempt.of(out, plan.attempt_key)
     existing = _existing(out, plan)
     if existing is not None:
-        log.info(ALREADY_DONE, plan.stage, out)
+        log.info(ALREADY_DONE, plan.title, out)
         shutil.rmtree(attempt.notes, ignore_errors=True)  # of a maker that was killed at the end
         return existing
     _note_other_attempts(out, attempt.stem)
@@ -216,7 +221,7 @@ def _make(
         attempt.reopen()
         leftovers = _clear(attempt.partial, plan, keep_shards=resumable)
         try:
-            if not (reuse and _copy_equal(attempt, plan, run_root(out))):
+            if not (reuse and _copy_equal(attempt, plan, run_root(out), leftovers)):
                 _fill(attempt, plan, fill, leftovers)
         except BaseException:
             with suppress(OSError):  # the failure itself is what to tell
@@ -539,7 +544,7 @@ def _is_whole(partial: Path, plan: Plan) -> bool:
         for entry in manifest.files:
             check_file(partial / entry.path, entry)
     except SpinError as error:
-        log.warning("%s: a cut-off attempt is made again: %s", plan.stage, error)
+        log.warning("%s: a cut-off attempt is made again: %s", plan.title, error)
         return False
     return manifest.key == plan.key
 
@@ -641,24 +646,24 @@ def _seal(folder: Path, manifest: Manifest) -> None:
     replace_text(folder / MANIFEST_NAME, manifest.to_text())
 
 
-def _copy_equal(attempt: _Attempt, plan: Plan, root: Path | None) -> bool:
+def _copy_equal(attempt: _Attempt, plan: Plan, root: Path | None, leftovers: set[str]) -> bool:
     """Fill the attempt with an equal artifact of the run, manifest and all; tell whether one is."""
     if root is None:
         return False
     for source in equal_artifacts(root, plan.key, plan.inputs):
         try:
-            _copy(source, attempt, plan)
+            _copy(source, attempt, plan, leftovers)
         except (CorruptError, FileNotFoundError) as error:
-            log.warning("%s: %s is not taken for its equal: %s", plan.stage, source.path, error)
+            log.warning("%s: %s is not taken for its equal: %s", plan.title, source.path, error)
             attempt.reopen()
-            _clear(attempt.partial, plan, keep_shards=False)
+            _clear(attempt.partial, plan, keep_shards=True)
             continue
-        log.info("%s: taken from %s, which has the same key", plan.stage, source.path)
+        log.info("%s: taken from %s, which has the same key", plan.title, source.path)
         return True
     return False
 
 
-def _copy(source: Artifact, attempt: _Attempt, plan: Plan) -> None:
+def _copy(source: Artifact, attempt: _Attempt, plan: Plan, leftovers: set[str]) -> None:
     """Copy all files, close the attempt, flush what is in it, and write the manifest last.
 
     Raises:
@@ -672,6 +677,8 @@ def _copy(source: Artifact, attempt: _Attempt, plan: Plan) -> None:
     attempt.close()
     for entry in entries:
         _file_entry(attempt.closed, entry.path, entry.volatile, entry.sha256)
+    for relative in leftovers - {entry.path for entry in entries}:
+        (attempt.closed / relative).unlink(missing_ok=True)
     # Paths of inputs are as we were given them: equal bytes may lie in two places.
     _seal(attempt.closed, source.manifest.model_copy(update={"inputs": dict(plan.inputs)}))
 

@@ -38,6 +38,14 @@ PROMPTS = _schema(
 RENDERED = _schema(prompt_id=pa.string(), num_tokens=pa.int32(), prompt_token_ids=_TOKENS)
 """A prompt as tokens, and how many; only ever in scratch files."""
 
+ANSWERS = _schema(
+    request_id=pa.string(),
+    token_ids=_TOKENS,
+    token_logprobs=pa.list_(pa.float64()),
+    finish_reason=pa.string(),
+)
+"""What an engine answered to a request of an evaluation; only ever in scratch files."""
+
 GENERATIONS = _schema(
     prompt_id=pa.string(),
     sample_index=pa.int32(),

@@ -36,7 +36,11 @@ __all__ = [
     "Unscored",
     "find_reward",
     "open_reward",
+    "shard_prompts",
 ]
+
+_SHARD_PROMPTS = {"judge": 16, "model": 256}
+_MOST_SHARD_PROMPTS = 2048
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ def find_reward(
         model = resolve_model(config.model.path, config.model.revision, root, verify)
         return RewardSource(config, identity, {"reward_model": model.ref}, model=model)
     return RewardSource(config, identity)
+
+
+def shard_prompts(config: RewardConfig) -> int:
+    """Return the number of prompts whose scores are committed together."""
+    return config.shard_prompts or _SHARD_PROMPTS.get(config.name, _MOST_SHARD_PROMPTS)
 
 
 @contextmanager

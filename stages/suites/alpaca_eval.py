@@ -101,11 +101,11 @@ def _ask(work: SuiteWork, suite: AlpacaEvalSuiteConfig) -> Manifest:
     )
 
     def fill(space: Workspace) -> Outcome:
-        answers = _answers(work, suite, model, instructions, space.path)
+        answers = _answers(work, suite, model, instructions, space)
         gpus = gpus_used(_engine(work, suite))
         return _write_answers(space, inputs.name, instructions, answers, plan.key, gpus)
 
-    return produce(work.out, plan, fill, reuse=True)
+    return produce(work.out, plan, fill, resumable=True, reuse=True)
 
 
 def _engine(work: SuiteWork, suite: AlpacaEvalSuiteConfig) -> EngineConfig:
@@ -117,13 +117,13 @@ def _answers(
     suite: AlpacaEvalSuiteConfig,
     model: ModelSource,
     instructions: Sequence[Instruction],
-    scratch: Path,
+    space: Workspace,
 ) -> dict[str, Answer]:
     """Return the answer to every instruction, by prompt id."""
     renderer = make_renderer(model.verified(), work.config.chat)
     asker = Asker(
         f"suite {work.inputs.name}", work.open_engine, _engine(work, suite), suite,
-        work.config.seed, renderer, scratch,
+        work.config.seed, renderer, space,
     )  # fmt: skip
     rows: list[Row] = [
         {

@@ -1,26 +1,28 @@
 """Prompts asked and answers scored: what evaluate and the suites have in common."""
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from stages import engines
 from stages.artifacts import TableWriter, Workspace, read_rows
 from stages.artifacts.keys import row_seed
 from stages.artifacts.tables import Row
-from stages.config import EngineConfig, SamplingConfig
+from stages.config import EngineConfig, EvaluateConfig, SamplingConfig
 from stages.data.chat import Renderer, RowRefusedError
 from stages.data.draw import smallest_by_hash
 from stages.data.rows import DROPPED, JUDGEMENTS, PROMPTS
 from stages.engines import OpenEngine
-from stages.engines.base import Completion, Request, Sampling
+from stages.engines.base import Completion, Engine, Request, Sampling
 from stages.engines.prompts import askable_batch, model_room, model_vocab_size
 from stages.errors import InputError
 from stages.model.source import ModelSource
 from stages.progress import progress
-from stages.rewards import Question, RewardSource, Unscored, open_reward
+from stages.rewards import Question, RewardSource, Unscored, open_reward, shard_prompts
+from stages.suites.kept import ANSWER_SHARD, AnswerShard, KeptScores, ask_for
 
 _log = logging.getLogger("spin")
 
@@ -52,8 +54,12 @@ class Asker:
     seed: int
     """The run's."""
     renderer: Renderer
-    scratch: Path
-    """A folder for what is gone when the stage is done."""
+    space: Workspace
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what is gone when the stage is done."""
+        return self.space.path
 
     def room(self, model: ModelSource) -> int:
         """Return the most tokens that a prompt and its answer may have together.
@@ -61,7 +67,10 @@ class Asker:
         Raises:
             InputError, ConfigError: see `model_room`.
         """
-        return model_room(model.path, self.engine.max_model_len, self.sampling.max_new_tokens)
+        is_suite = not isinstance(self.sampling, EvaluateConfig)
+        section = f"suites.{self.stage.removeprefix('suite ')}" if is_suite else "evaluate"
+        limit, length = self.engine.max_model_len, self.sampling.max_new_tokens
+        return model_room(model.path, limit, length, section)
 
     def askable(self, model: ModelSource, rows: Sequence[Row]) -> tuple[list[Asked], int]:
         """Render rows of PROMPTS; return them, and how many cannot be asked."""
@@ -83,40 +92,72 @@ class Asker:
         return row_seed(self.seed, HELDOUT_ITERATION, prompt_id, max(sample, 0))
 
     def answers(
-        self, model: ModelSource, asked: Sequence[Asked], num_samples: int, *, greedy: bool
+        self,
+        model: ModelSource,
+        asked: Sequence[Asked],
+        num_samples: int,
+        *,
+        greedy: bool,
+        who: str = "model",
     ) -> Iterator[tuple[str, int, Completion]]:
-        """Yield (prompt id, sample, answer) as they come: the samples, then the greedy answers.
+        """Yield (prompt id, sample, answer), in any order: those kept of a cut-off attempt too.
 
         Samples are numbered from 0; that of a greedy answer is GREEDY.
-        """
-        longest = max(len(one.prompt_token_ids) for one in asked) + self.sampling.max_new_tokens
-        samples = [(self.sampling.temperature, range(num_samples))] if num_samples else []
-        passes = samples + ([(0.0, range(GREEDY, GREEDY + 1))] if greedy else [])
-        total = (num_samples + greedy) * len(asked)
-        with (
-            engines.running(
-                self.open_engine,
-                self.engine,
-                model.path,
-                self.scratch,
-                max_model_len=self.engine.max_model_len or longest,
-                pad_token_id=self.renderer.pad_token_id,
-            ) as engine,
-            progress(self.stage, total=total, unit="answers") as bar,
-        ):
-            for temperature, numbers in passes:
-                for done in engine.generate(
-                    self._requests(asked, numbers), self._sampling(temperature)
-                ):
-                    prompt_id, _, sample = done.request_id.rpartition("/")
-                    yield prompt_id, int(sample), done
-                    bar.advance(1, len(done.token_ids))
 
-    def _requests(self, asked: Sequence[Asked], samples: Sequence[int]) -> Iterator[Request]:
-        for one in asked:
-            for sample in samples:
-                seed = self.sample_seed(one.prompt_id, sample)
-                yield Request(f"{one.prompt_id}/{sample}", one.prompt_token_ids, seed)
+        Args:
+            who: what the model is called, where an attempt asks several.
+        """
+        passes = [("samples", self.sampling.temperature, range(num_samples))]
+        if greedy:
+            passes.append(("greedy", 0.0, range(GREEDY, GREEDY + 1)))
+        total = (num_samples + greedy) * len(asked)
+        with progress(self.stage, total=total, unit="answers") as bar, ExitStack() as opened:
+            engine: Engine | None = None
+            for name, temperature, numbers in passes:
+                missing = []
+                for shard in self._shards(f"{who}-{name}", asked, numbers):
+                    if not shard.is_done:
+                        missing.append(shard)
+                        continue
+                    bar.skip(len(shard.requests))
+                    yield from map(_numbered, shard.read())
+                if missing and engine is None:
+                    engine = opened.enter_context(self._running(model, asked))
+                if missing and engine is not None:
+                    for done in ask_for(missing, engine, self._sampling(temperature)):
+                        yield _numbered(done)
+                        bar.advance(1, len(done.token_ids))
+
+    def _running(
+        self, model: ModelSource, asked: Sequence[Asked]
+    ) -> AbstractContextManager[Engine]:
+        longest = max(len(one.prompt_token_ids) for one in asked) + self.sampling.max_new_tokens
+        return engines.running(
+            self.open_engine,
+            self.engine,
+            model.path,
+            self.scratch,
+            max_model_len=self.engine.max_model_len or longest,
+            pad_token_id=self.renderer.pad_token_id,
+        )
+
+    def _shards(
+        self, name: str, asked: Sequence[Asked], samples: Sequence[int]
+    ) -> Iterator[AnswerShard]:
+        """Yield the requests in the order in which they are asked."""
+        size = max(1, ANSWER_SHARD // max(1, len(samples)))
+        for number, start in enumerate(range(0, len(asked), size)):
+            requests = [
+                Request(
+                    f"{one.prompt_id}/{sample}",
+                    one.prompt_token_ids,
+                    self.sample_seed(one.prompt_id, sample),
+                )
+                for one in asked[start : start + size]
+                for sample in samples
+            ]
+            if requests:
+                yield AnswerShard(self.space, f"answers-{name}-{number:05d}", requests)
 
     def _sampling(self, temperature: float) -> Sampling:
         return Sampling(
@@ -126,6 +167,11 @@ class Asker:
             max_new_tokens=self.sampling.max_new_tokens,
             stop_token_ids=self.renderer.stop_token_ids,
         )
+
+
+def _numbered(done: Completion) -> tuple[str, int, Completion]:
+    prompt_id, _, sample = done.request_id.rpartition("/")
+    return prompt_id, int(sample), done
 
 
 def chosen_rows(files: Sequence[Path], max_prompts: int | None) -> list[Row]:
@@ -155,7 +201,8 @@ def score_answers(
 ) -> Iterator[list[float | None]]:
     """Yield the scores of the answers to each prompt, in order; None where there is none.
 
-    When all are scored, those without a score are told in unscored.parquet, and what a judge said
+    All are scored before the first is yielded, and survive a cut-off attempt. When all are
+    yielded, those without a score are told in unscored.parquet, and what a judge said
     in judgements.parquet, whose `a` numbers the answers to a prompt from 0.
 
     Args:
@@ -164,30 +211,31 @@ def score_answers(
     Raises:
         InputError: an answer has no score and `reward.on_error` is to stop, or none has one.
     """
-    waiting = deque[Answers]()
+    names: list[tuple[str, ...]] = []
     without: list[Row] = []
     judgements: list[Row] = []
     total = 0
 
     def questions() -> Iterator[Question]:
         for one in given:
-            waiting.append(one)
+            names.append((one.asked.prompt_id, *one.responses))
             texts = tuple(one.responses.values())
             yield Question(one.asked.prompt_id, one.asked.messages, one.asked.human, texts)
 
-    with open_reward(source) as reward:
-        for scored in reward.score(questions()):
-            answers = waiting.popleft()
-            prompt_id = answers.asked.prompt_id
-            total += len(scored.scores)
-            without += [
-                {"prompt_id": prompt_id, "reason": s.reason, "detail": f"{name}: {s.detail}"}
-                for name, s in zip(answers.responses, scored.scores, strict=True)
-                if isinstance(s, Unscored)
-            ]
-            judgements += [{"prompt_id": prompt_id, **said} for said in scored.judgements]
-            yield [None if isinstance(score, Unscored) else score for score in scored.scores]
-    assert not waiting, f"{len(waiting)} prompts were not scored"
+    kept = KeptScores(space, shard_prompts(source.config))
+    unscored = kept.unscored(questions())
+    if (first := next(unscored, None)) is not None:  # else all was done by a cut-off attempt
+        with open_reward(source) as reward:
+            kept.take(reward, chain([first], unscored))
+    for (prompt_id, *called), scored in zip(names, kept.read(), strict=True):
+        total += len(scored.scores)
+        without += [
+            {"prompt_id": prompt_id, "reason": s.reason, "detail": f"{name}: {s.detail}"}
+            for name, s in zip(called, scored.scores, strict=True)
+            if isinstance(s, Unscored)
+        ]
+        judgements += [{"prompt_id": prompt_id, **said} for said in scored.judgements]
+        yield [None if isinstance(score, Unscored) else score for score in scored.scores]
     _tell_unscored(stage, without, total, source)
     for name, schema, found in (
         ("unscored.parquet", DROPPED, without),

@@ -79,6 +79,7 @@ def main() -> None:
     threading.Thread(target=_listen, args=(heard,), daemon=True).start()
     job = json.loads(heard.get())
     _refuse_downloaded_code()
+    _refuse_models_code()
     _name_vllm()
     try:
         try:
@@ -137,6 +138,22 @@ def _refuse_downloaded_code() -> None:
 
     stub.load = load  # type: ignore[attr-defined]
     sys.modules["evaluate"] = stub
+
+
+def _refuse_models_code() -> None:
+    """Have transformers run no code that a model brings, whatever a task asks of it.
+
+    Tasks that make their documents by the model's tokenizer (ruler, babilong) load it with
+    `trust_remote_code=True`. To be called before anything else of transformers is imported.
+    """
+    from transformers import dynamic_module_utils
+
+    resolve = dynamic_module_utils.resolve_trust_remote_code
+
+    def never(trust_remote_code: Any, *about: Any, **more: Any) -> Any:
+        return resolve(False, *about, **more)
+
+    dynamic_module_utils.resolve_trust_remote_code = never
 
 
 def _name_vllm() -> None:
@@ -250,8 +267,12 @@ def described(tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _hash(values: Any) -> str:
     digest = hashlib.sha256()
     for value in values:
-        digest.update(json.dumps(plain(value), sort_keys=True).encode() + b"\n")
+        digest.update(_as_json(plain(value)).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def plain(value: Any) -> Any:
@@ -262,8 +283,10 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
+    if isinstance(value, set | frozenset):  # its order is another one in each process
+        return sorted((plain(inner) for inner in value), key=_as_json)
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if hasattr(value, "tobytes"):  # an image, an array

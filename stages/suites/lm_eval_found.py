@@ -74,13 +74,14 @@ class Found:
     def average(self) -> Iterator[Measure]:
         """Yield the six headlines' scores, each task weighing as much as all of another one.
 
-        Nothing where one of them has no scores.
+        Nothing where one of them has no scores, or where they are not what the library's own figure
+        is made of, such as a part of MMLU's tasks.
         """
         parts: list[Part] = []
         for name, (_, key) in HEADLINES.items():
             alone = {"tasks": [name], "by_task": [key.partition(",")[0]], "by_document": []}
             own = self._weighted(self.groups.get(name, alone), key)
-            if not own:
+            if not own or not _same(self.metrics[name].get(key), _weighted_mean(own)):
                 return
             total = math.fsum(weight * len(values) for _, values, weight in own)
             parts += [(task, values, weight / total) for task, values, weight in own]

@@ -129,7 +129,7 @@ def _ask(work: SuiteWork, suite: MtBenchSuiteConfig) -> Manifest:
     )
 
     def fill(space: Workspace) -> Outcome:
-        answers = _Interview(work, suite, model, questions, space.path).answers()
+        answers = _Interview(work, suite, model, questions, space).answers()
         gpus = engines.gpus_used(_engine(work, suite))
         return _write_answers(space, inputs.name, questions, answers, plan.key, gpus)
 
@@ -149,12 +149,12 @@ class _Interview:
         suite: MtBenchSuiteConfig,
         model: ModelSource,
         questions: Sequence[Question],
-        scratch: Path,
+        space: Workspace,
     ) -> None:
         renderer = make_renderer(model.verified(), work.config.chat)
         asker = Asker(
             f"suite {work.inputs.name}", work.open_engine, _engine(work, suite), suite,
-            work.config.seed, renderer, scratch,
+            work.config.seed, renderer, space,
         )  # fmt: skip
         self._suite, self._model, self._questions = suite, model, questions
         self._asker, self._room = asker, self._longest(asker)

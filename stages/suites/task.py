@@ -63,7 +63,7 @@ def run(work: SuiteWork, suite: TaskSuiteConfig) -> Manifest:
         fingerprints=chat_fingerprints(model.path, config.chat),
     )
     fill = partial(_fill, work, _Task(name, suite, data, model, reward, engine))
-    return produce(work.out, plan, fill, reuse=True)
+    return produce(work.out, plan, fill, resumable=True, reuse=True)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Answer:
 def _fill(work: SuiteWork, task: _Task, space: Workspace) -> Outcome:
     renderer = make_renderer(task.model.verified(), work.config.chat)
     stage, seed = f"suite {task.name}", work.config.seed
-    asker = Asker(stage, work.open_engine, task.engine, task.suite, seed, renderer, space.path)
+    asker = Asker(stage, work.open_engine, task.engine, task.suite, seed, renderer, space)
     asked, refused = _asked(task, asker)
     answers = _answers(task, asker, asked)
     measures: list[Measure] = []

@@ -123,11 +123,11 @@ def run(work: SuiteWork, suite: WinRateSuiteConfig) -> Manifest:
             assert sources.answers is not None, "no model is asked only where there are answers"
             ours = answers_of(sources.answers, suite.answers)
         else:
-            ours = _ask(work, suite, asked, rows, space.path)
+            ours = _ask(work, suite, asked, rows, space)
         pairs, counts = _pairs(sources, suite, rows, ours)
         return _fill(space, work.inputs.name, suite, pairs, reward, counts)
 
-    return produce(work.out, plan, fill, reuse=True)
+    return produce(work.out, plan, fill, resumable=True, reuse=True)
 
 
 def answers_of(artifact: Artifact, which: str) -> dict[str, str]:
@@ -214,13 +214,13 @@ def _ask(
     suite: WinRateSuiteConfig,
     model: ModelSource,
     rows: Sequence[Row],
-    scratch: Path,
+    space: Workspace,
 ) -> dict[str, str]:
     """Return the model's answers by prompt id; prompts that it cannot be asked have none."""
     renderer = make_renderer(model.verified(), work.config.chat)
     asker = Asker(
         f"suite {work.inputs.name}", work.open_engine, _engine(work), work.config.evaluate,
-        work.config.seed, renderer, scratch,
+        work.config.seed, renderer, space,
     )  # fmt: skip
     asked, _ = asker.askable(model, rows)
     if not asked:
