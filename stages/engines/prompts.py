@@ -10,30 +10,50 @@ from stages.errors import ConfigError, InputError
 NO_LIMIT = 1 << 30  # positions, for models that have no limit
 
 
-def model_room(model_dir: Path, max_model_len: int | None, max_new_tokens: int) -> int:
+def model_room(
+    model_dir: Path, max_model_len: int | None, max_new_tokens: int, section: str = "generate"
+) -> int:
     """Return the most tokens that a prompt and its answer may have together.
 
     Args:
         max_model_len: the recipe's own limit, if any.
+        section: the part of the recipe that `max_new_tokens` stands in.
 
     Raises:
         InputError: an answer of `max_new_tokens` leaves no room for a prompt.
         ConfigError: likewise, by the recipe's limit; or the model has fewer positions than that.
     """
-    positions = int(getattr(_config(model_dir), "max_position_embeddings", None) or NO_LIMIT)
+    return room_of(
+        model_dir.name, model_positions(model_dir), max_model_len, max_new_tokens, section
+    )
+
+
+def model_positions(model_dir: Path) -> int:
+    """Return how many positions a model folder's config names; NO_LIMIT where it names none."""
+    return int(getattr(_config(model_dir), "max_position_embeddings", None) or NO_LIMIT)
+
+
+def room_of(
+    model: str, positions: int, max_model_len: int | None, max_new_tokens: int, section: str
+) -> int:
+    """Return what `model_room` does, of a model with so many positions.
+
+    Raises:
+        InputError, ConfigError: see `model_room`.
+    """
     if max_model_len is not None and max_model_len > positions:
         raise ConfigError(
-            f"generate.engine.max_model_len={max_model_len}: {model_dir.name} has {positions} "
+            f"generate.engine.max_model_len={max_model_len}: {model} has {positions} "
             "positions; lower it, or leave it out"
         )
     if max_model_len is not None and max_model_len <= max_new_tokens:
         raise ConfigError(
             f"generate.engine.max_model_len={max_model_len} leaves no room for a prompt beside "
-            f"max_new_tokens={max_new_tokens}; raise the one, or lower the other"
+            f"{section}.max_new_tokens={max_new_tokens}; raise the one, or lower the other"
         )
     if positions <= max_new_tokens:
         raise InputError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: {model_dir.name} is "
+            f"{section}.max_new_tokens={max_new_tokens} leaves no room for a prompt: {model} is "
             f"run with {positions} positions; lower it"
         )
     return min(positions, max_model_len or positions)
