@@ -8,7 +8,7 @@ from typing import Any
 from stages.artifacts import Outcome, Plan, TableWriter, Workspace, open_artifact, produce
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import InputRef
-from stages.artifacts.pointer import PointerEntry, move_pointer
+from stages.artifacts.pointer import PointerEntry, move_pointer, read_pointer
 from stages.data.rows import TRAIN_METRICS
 from stages.decisions import DECISION
 from stages.layout import RunLayout
@@ -40,10 +40,22 @@ def write_run(
 
 
 def write_iteration(
-    layout: RunLayout, recipe: Recipe, iteration: int, *, promoted: bool = True
+    layout: RunLayout,
+    recipe: Recipe,
+    iteration: int,
+    *,
+    promoted: bool = True,
+    from_champion: bool = False,
 ) -> None:
-    """Write all stages of an iteration, its decision and the pointer's move."""
+    """Write all stages of an iteration, its decision and the pointer's move.
+
+    Args:
+        from_champion: its opponent is the champion, or the start, and not the player before it.
+    """
     before = layout.stage(iteration - 1, "train") if iteration else None
+    if from_champion:
+        pointer = read_pointer(layout.champion)
+        before = layout.root / pointer.path if pointer else None
     opponent = {"model": ref(layout, before)} if before else {"model": outside("base")}
     data = {"data": ref(layout, layout.data)}
     make(layout, iteration, "generate", data | opponent, counts={

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from stages.data.paired import Paired, compare
+from stages.decisions import refusals_before
 from stages.errors import SpinError
 from stages.reporting import numbers
 from stages.reporting.collect import IterationView, RunView, measured_on_examples
@@ -15,12 +15,17 @@ FALLBACKS = ("sampled_accuracy", "greedy_accuracy", "human_logprob_per_token")
 
 @dataclass(frozen=True)
 class Gain:
-    """How much more of a metric one model has than another."""
+    """How much more of a metric one model has than another.
+
+    All numbers are of the same examples wherever these are known.
+    """
 
     metric: str
     value: float
     start_value: float
     difference: float
+    own: tuple[float, float]
+    """Both values, each over all examples that the model has one for, as other tables tell them."""
     paired: Paired | None
     """Example by example; None where the two were not asked alike, or the examples are gone."""
 
@@ -29,7 +34,10 @@ class Gain:
         """One of better, worse and unclear; where no interval is known, unsure."""
         if self.paired is None:
             return "unsure"
-        return "better" if self.paired.low > 0 else "worse" if self.paired.high < 0 else "unclear"
+        low, high = self.paired.low, self.paired.high
+        if low is None or high is None:
+            return "unclear"
+        return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,11 @@ def _gain(view: RunView, shown: IterationView) -> Gain | None:
     value, start_value = shown.measured(metric)[0], view.measured_at_start(metric)[0]
     if value is None or start_value is None:
         return None
+    own = (value, start_value)
     paired = _paired(view, shown.index, metric)
-    return Gain(metric, value, start_value, value - start_value, paired)
+    if paired is None:
+        return Gain(metric, *own, value - start_value, own, None)
+    return Gain(metric, paired.value, paired.rival_value, paired.gain, own, paired)
 
 
 def _paired(view: RunView, iteration: int, metric: str) -> Paired | None:
@@ -147,10 +158,9 @@ def _following(view: RunView) -> Iterator[str]:
 
 def _after_decision(view: RunView, last: IterationView) -> Iterator[str]:
     config = view.recipe.for_iteration(last.index) if view.recipe else None
-    policy = config.promote.on_refusal if config else None
     if last.outcome in ("refused", "rolled back"):
         what = "was refused" if last.outcome == "refused" else "was promoted and rolled back"
-        yield f"The player of iteration {last.index} {what}; {_REFUSED.get(policy, policy)}."
+        yield f"The player of iteration {last.index} {what}; {_after_refusal(view, last)}."
         return
     if last.converged:
         yield f"The run has converged: {last.converged}."
@@ -166,13 +176,28 @@ def _after_decision(view: RunView, last: IterationView) -> Iterator[str]:
         )
 
 
-_REFUSED: dict[Any, str] = {
-    "stop": "the run stops there (promote.on_refusal is stop)",
-    "champion": "the run goes on from the champion",
-    "player": "the run goes on from that player all the same",
-    "retry": "the run tries again from the champion, with a lower learning rate",
-    None: "what comes next is not known, since run.json cannot be read",
-}
+def _after_refusal(view: RunView, last: IterationView) -> str:
+    if view.recipe is None:
+        return "what comes next is not known, since run.json cannot be read"
+    promote = view.recipe.for_iteration(last.index).promote
+    rival = "the champion" if view.pointer else "the start"
+    match promote.on_refusal:
+        case "stop":
+            return "the run stops there (promote.on_refusal is stop)"
+        case "champion":
+            return f"the run goes on from {rival}"
+        case "player":
+            return "the run goes on from that player all the same"
+    try:
+        retries = refusals_before(view.layout, last.index)
+    except (SpinError, OSError):  # what is damaged is told of its own piece
+        return f"the run tries again from {rival}, or stops: the refusals before cannot be read"
+    lower = "with a lower learning rate"
+    if retries < promote.retry.times:
+        return f"the run tries again from {rival}, {lower}"
+    return f"the run stops there, after {retries} {'retry' if retries == 1 else 'retries'} {lower}"
+
+
 _STATES: dict[str, Callable[[list[str]], str]] = {
     "running": lambda paths: f"Running now: {', '.join(paths)}.",
     "partial": lambda paths: (

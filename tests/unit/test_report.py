@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from typer.testing import CliRunner
 from spin_cli.app import app
 from stages.alarms import RULES
 from stages.artifacts import read_manifest
-from stages.errors import ConfigError, InputError
+from stages.decisions import opponent_of
+from stages.errors import ConfigError, GateRefusedError, InputError
 from stages.layout import RunLayout
 from stages.promote import rollback
 from stages.recipe import load_recipe
@@ -157,6 +160,27 @@ def test_what_was_asked_in_another_way_is_not_compared_example_by_example(run: R
     assert found.gain.paired is None
     assert found.gain.verdict == "unsure"
     assert "how surely is not known" in found.title
+
+
+def test_the_headline_tells_of_the_same_examples_alone(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", 1)
+    start, evaluated = layout.start_evaluation, layout.stage(0, "evaluate")
+    shutil.rmtree(start)
+    shutil.rmtree(evaluated)
+    answers = made_runs.samples(40)  # of the last ten, which are right, only the start has a score
+    scores = [0.0] * 30 + [1.0] * 10
+    before = [replace(a, player_reward=r) for a, r in zip(answers, scores, strict=True)]
+    known = [1.0] * 5 + [0.0] * 25 + [None] * 10
+    after = [replace(a, player_reward=r) for a, r in zip(answers, known, strict=True)]
+    write_evaluation(start, before, layout.data)
+    write_evaluation(evaluated, after, layout.data)
+    found = headline(collect(layout.root))
+    assert found.gain is not None
+    assert found.gain.own == (5 / 30, 10 / 40), "over all it seems to be worse"
+    assert found.title == "Better than the start: +16.7 points"
+    assert (found.gain.value, found.gain.start_value) == (5 / 30, 0)
+    text = report(layout).text()
+    assert "Left out: 10 for which only one of the two has a value; with these it is 16.7%" in text
 
 
 def test_figures_stand_in_the_page_as_the_stages_wrote_them(made: RunLayout, page: Page) -> None:
@@ -315,6 +339,37 @@ def test_a_run_without_a_champion_says_so(tmp_path: Path) -> None:
     text = report(write_run(tmp_path / "run", 1, refused=(0,))).text()
     assert "was not promoted: there is no champion yet" in text
     assert "the run stops there" in text
+
+
+@pytest.mark.parametrize(
+    ("promoted", "words"),
+    [
+        (1, ["the run tries again from the champion, with a lower learning rate",
+             "the run tries again from the champion, with a lower learning rate",
+             "the run stops there, after 2 retries with a lower learning rate"]),
+        (0, ["the run tries again from the start, with a lower learning rate",
+             "the run tries again from the start, with a lower learning rate",
+             "the run stops there, after 2 retries with a lower learning rate"]),
+    ],
+)  # fmt: skip
+def test_retries_are_counted_as_the_run_counts_them(
+    tmp_path: Path, promoted: int, words: list[str]
+) -> None:
+    overrides = ["promote.on_refusal=retry", "promote.retry.times=2", "model.path=base"]
+    layout = write_run(tmp_path / "run", promoted, *overrides)
+    recipe = load_recipe(None, overrides)
+    for iteration, expected in enumerate(words, promoted):
+        write_iteration(layout, recipe, iteration, promoted=False, from_champion=True)
+        [said] = headline(collect(layout.root)).following
+        assert said == f"The player of iteration {iteration} was refused; {expected}."
+        is_last = iteration - promoted == 2
+        with pytest.raises(GateRefusedError, match="2 retries") if is_last else nullcontext():
+            opponent_of(layout, recipe, iteration + 1)
+
+
+def test_a_refused_player_without_a_champion_leads_back_to_the_start(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", 1, "promote.on_refusal=champion", refused=(0,))
+    assert "was refused; the run goes on from the start." in report(layout).text()
 
 
 def flipped(data: bytes) -> bytes:
