@@ -148,7 +148,7 @@ def _refuse_models_code() -> None:
     """
     from transformers import dynamic_module_utils
 
-    resolve = dynamic_module_utils.resolve_trust_remote_code
+    resolve: Any = dynamic_module_utils.resolve_trust_remote_code
 
     def never(trust_remote_code: Any, *about: Any, **more: Any) -> Any:
         return resolve(False, *about, **more)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -183,6 +184,12 @@ def test_the_average_is_that_of_six_headlines_and_the_mean_of_its_measures() -> 
     assert len(measures) == len({m.example_id for m in measures}) == sum(sizes.values())
     assert {m.metric: m.weight for m in found.of_groups()} == {"mmlu.acc": 1.0}
 
+    metrics["mmlu_bio"] = {"acc,none": 0.25}  # its scores are not those of its own figure
+    metrics["mmlu"] = {"acc,none": 0.375}
+    about["tasks"] = ["mmlu_law", "mmlu_art", "mmlu_bio"]
+    part = Found.of({"metrics": metrics, "means": means, "groups": {"mmlu": about}}, samples)
+    assert not list(part.average()), "some of MMLU's tasks are not MMLU"
+
 
 def test_a_headline_without_scores_leaves_no_average() -> None:
     assert not list(Found.of({"metrics": {}, "means": {}, "groups": {}}, []).average())
@@ -343,6 +350,38 @@ def test_a_metric_that_would_be_downloaded_is_refused_whatever_the_library_suppr
     )
     with pytest.raises(ConfigError, match="metric 'rouge' of the library evaluate, which is"):
         load()
+
+
+@pytest.mark.parametrize("has_own_class", [True, False])
+def test_a_task_that_trusts_the_models_code_runs_none(
+    has_own_class: bool, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the library's ruler and babilong tasks load the tokenizer they make documents by."""
+    model, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_model_dir, model)
+    (model / "theirs.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(marker)!r}).touch()\n"
+        "class Theirs(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {
+        "auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}
+    }
+    if not has_own_class:
+        settings["tokenizer_class"] = "Theirs"
+    file.write_text(json.dumps(settings))
+    monkeypatch.setenv("HF_HOME", os.fspath(tmp_path / "home"))
+    make_library(
+        tmp_path / "lib",
+        monkeypatch,
+        "def TaskManager(**_):\n    from transformers import AutoTokenizer\n"
+        f"    AutoTokenizer.from_pretrained({str(model)!r}, trust_remote_code=True)\n"
+        "    raise OSError('loaded')\n",
+    )
+    with pytest.raises(InputError, match="loaded|custom code"):
+        load()
+    assert not marker.exists()
 
 
 # -- The library itself ---------------------------------------------------------------------------
@@ -563,4 +602,24 @@ def test_the_answer_to_a_choice_is_what_differs(
 def test_hashes_of_tasks_hold_no_address_or_order() -> None:
     one, other = {"a": 1, "b": [lambda doc: doc]}, {"b": [lambda doc: doc], "a": 1}
     assert "0x" not in json.dumps(lm_eval_child.plain(one | {"c": object(), "d": float("nan")}))
-    assert sorted(lm_eval_child.plain(one)) == sorted(lm_eval_child.plain(other))
+    assert lm_eval_child._hash([one]) == lm_eval_child._hash([other])
+    assert lm_eval_child._hash([one]) != lm_eval_child._hash([one | {"a": 2}])
+
+
+def test_hashes_of_tasks_are_the_same_in_every_process() -> None:
+    """The order of a set is that of its elements' hashes, which Python draws anew."""
+    program = (
+        "from stages.suites.lm_eval_child import _hash\n"
+        "words = [f'word {n}' for n in range(20)]\n"
+        "print(_hash([{'until': set(words), 'inner': [frozenset(words)], 'sets': {frozenset('ab'),"
+        " frozenset('cd'), 1, None}}]))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(found) == 1
