@@ -4,6 +4,27 @@ Exit codes: 0 done or already done, 1 our bug, 2 usage or config, 3 input missin
 4 corrupt artifact, 5 diverged, 6 gate refused promotion, 7 no space, 75 busy.
 """
 
+import difflib
+from collections.abc import Iterable
+
+_MOST_NAMES = 10
+"""More in one line are not read."""
+
+
+def choices(asked: str, known: Iterable[str], who: str) -> str:
+    """Return for a message which names there are, those like the one asked for first.
+
+    Args:
+        who: the words before them, such as `it has`.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(asked, names, n=3)
+    ordered = [*near, *(name for name in names if name not in near)]
+    more = len(ordered) - _MOST_NAMES
+    rest = f" and {more} more" if more > 0 else ""
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}{who} {', '.join(ordered[:_MOST_NAMES])}{rest}"
+
 
 class SpinError(Exception):
     """Base of every error that is shown as one line; its message names thing, value and remedy."""

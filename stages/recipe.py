@@ -4,25 +4,30 @@ A value comes from, in rising order of strength: the schema's default, the recip
 recipe's `iterations` blocks for the iteration, wider ones first (`2+`, then `2-3`, then `2`), and
 `section.key=value` overrides. `shrink`, where it is asked for, is merged over the file, and its own
 `iterations` over the file's.
+
+A section is merged over the same section, setting by setting. What is one of several kinds takes
+the place of what was there as a whole: `promote.gate`, and a suite's entry of another kind.
 """
 
 import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stages.config import RunConfig, suite_kinds
-from stages.errors import ConfigError
+from stages.config import ConditionConfig, RunConfig, suite_kinds
+from stages.errors import ConfigError, choices
 
 RECIPE_SCHEME = "recipe://"
 SHRUNK = " --shrink"
 """Ends the source of a recipe's reduced form."""
+ONE_OF_KINDS = "promote.gate"
+"""The setting that is a tree of conditions; half of another tree's would mean nothing."""
 OF_THE_RUN = ("name", "model", "chat", "prepare", "sft", "evaluate", "suites", "stop")
 """What no iteration changes."""
 
@@ -87,9 +92,7 @@ class Recipe:
             ConfigError: an unknown key, a wrong type, or a value out of range.
         """
         block, overrides = self._block(iteration), self._overrides(iteration)
-        merged = _merge(self.base, block)
-        for name, value in overrides.items():
-            merged = _merge(merged, _nest(name, value))
+        merged = _resolve(self.base, block, overrides)
         changes = block or overrides != self._overrides(None)
         where = f"{self.source}, iteration {iteration}" if changes else self.source
         return _validate(self._place_recipe_paths(merged), where)
@@ -128,10 +131,13 @@ class Recipe:
     def origins(self, iteration: int | None = None) -> list[tuple[str, Any, str]]:
         """Return (dotted name, value, where it came from) for every value, in schema order."""
         config = self.for_iteration(iteration).model_dump(mode="json")
-        labels = dict.fromkeys(_flatten(self.base), self.source)
-        block = _flatten(self._block(iteration))
-        labels |= dict.fromkeys(block, f"{self.source}, iteration {iteration}")
-        labels |= dict.fromkeys(_flatten(self._overrides(iteration)), "override")
+        resolved = _resolve(
+            _labelled(self.base, self.source),
+            _labelled(self._block(iteration), f"{self.source}, iteration {iteration}"),
+            {n: _labelled(value, "override") for n, value in self._overrides(iteration).items()},
+        )
+        given = _flatten(resolved).items()
+        labels = {name: leaf.label for name, leaf in given if isinstance(leaf, _Leaf)}
         return [(name, value, labels.get(name, "default"))
                 for name, value in _flatten(config).items()]  # fmt: skip
 
@@ -156,8 +162,13 @@ class Recipe:
 
     def _overrides(self, iteration: int | None) -> dict[str, Any]:
         """Return the overrides that hold in one iteration, the last one of a name."""
-        split = [(*_of_iterations(name), value) for name, value in self.overrides.items()]
-        return {name: v for span, name, v in split if span is None or iteration in span}
+        found: dict[str, Any] = {}
+        for given, value in self.overrides.items():
+            span, name = _of_iterations(given)
+            if span is None or iteration in span:
+                found.pop(name, None)  # it comes last, so that it replaces what is in it
+                found[name] = value
+        return found
 
     def _place_recipe_paths(self, values: dict[str, Any]) -> dict[str, Any]:
         placed: dict[str, Any] = {}
@@ -349,18 +360,55 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _nest(name: str, value: Any) -> dict[str, Any]:
+def _resolve(
+    base: Mapping[str, Any], block: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    merged = _merge(base, block)
+    for name, value in overrides.items():
+        merged = _put(merged, name, value)
+    return merged
+
+
+def _put(values: Mapping[str, Any], name: str, value: Any, place: str = "") -> dict[str, Any]:
+    """Return values with one set, or merged with the section that is there, under a dotted name."""
     head, _, rest = name.partition(".")
-    return {head: _nest(rest, value) if rest else value}
+    if not rest:
+        return _merge(values, {head: value}, place)
+    inner = values.get(head)
+    inner = inner if isinstance(inner, Mapping) else {}
+    return {**values, head: _put(inner, rest, value, f"{place}{head}.")}
 
 
-def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     merged = dict(old)
     for name, value in new.items():
-        before = merged.get(name)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        merged[name] = _merge(cast("Mapping[str, Any]", before), value) if both else value
+        at, before = f"{place}{name}", merged.get(name)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            merged[name] = _merge({} if _replaces(at, before, value) else before, value, f"{at}.")
+        else:
+            merged[name] = value
     return merged
+
+
+def _replaces(place: str, before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    """Tell whether a mapping takes the place of the one before it as a whole."""
+    if re.fullmatch(r"suites\.[^.]+", place):
+        return "kind" in value and value["kind"] != before.get("kind")
+    return place == ONE_OF_KINDS
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A value and where it came from."""
+
+    value: Any
+    label: str = field(compare=False)
+
+
+def _labelled(values: Any, label: str) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _labelled(value, label) for name, value in values.items()}
+    return _Leaf(values, label)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -382,9 +430,14 @@ def _validate(values: dict[str, Any], source: str) -> RunConfig:
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # a key that is unknown may be why another one is missing
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     place = _place(first["loc"], values)
     name = ".".join(place)
+    if first["type"] == "extra_forbidden" and name.startswith(f"{ONE_OF_KINDS}."):
+        known = choices(place[-1], _keys_of_gate(place), "known here:")
+        return f"unknown key {name}; {known}"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, _keys_beside(place, values), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; `spin config show` lists all keys"
@@ -393,7 +446,8 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
         return f"{name} is missing; set it"
     if first["type"].startswith("union_tag"):
         return _explain_kind(name, first["input"], values)
-    message = first["msg"].removeprefix("Value error, ")
+    needed = {"model_type": "a mapping is needed", "tuple_type": "a list is needed"}
+    message = needed.get(first["type"], first["msg"].removeprefix("Value error, "))
     if not name:
         return message
     of_section = first["type"] == "value_error" and isinstance(first["input"], Mapping)
@@ -423,6 +477,13 @@ def _keys_beside(place: Sequence[str], values: Mapping[str, Any]) -> list[str]:
     if place[0] != "suites" or len(place) < 3:
         return known_keys()
     return known_keys(suite_kinds()[values["suites"][place[1]]["kind"]], f"suites.{place[1]}.")
+
+
+def _keys_of_gate(place: Sequence[str]) -> list[str]:
+    """Return what may stand beside a key in a gate."""
+    fields = ConditionConfig.model_fields
+    inner = _section_type(fields[place[-2]].annotation) if place[-2] in fields else None
+    return list((inner or ConditionConfig).model_fields)
 
 
 def _explain_kind(name: str, suite: Any, values: Mapping[str, Any]) -> str:

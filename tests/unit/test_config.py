@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stages.config import RunConfig
+from stages.config import RunConfig, TaskSuiteConfig
 from stages.errors import ConfigError
 from stages.layout import RunLayout
 from stages.recipe import known_keys, load_recipe, recipe_from_json
@@ -328,6 +329,59 @@ def test_the_reduced_form_changes_what_it_names_and_no_more(tmp_path: Path) -> N
     assert small.for_iteration(1).train.batch_size == 3
     assert small.for_iteration(1).model.path == "tiny"
     assert "r.yaml --shrink" in {origin for *_, origin in small.origins()}
+
+
+GATES = """
+promote: {gate: {all: [{better: {metric: a, by: 0.1}}]}}
+iterations:
+  1+: {promote: {gate: {not_worse: {metric: a, margin: 0.1}}}}
+  2: {promote: {gate: {not_worse: {metric: b, margin: 0.2}}, retry: {times: 1}}}
+shrink: {promote: {gate: {at_least: {metric: a, value: 0.5}}}}
+"""
+
+
+def test_a_gate_takes_the_place_of_another_as_a_whole(tmp_path: Path) -> None:
+    """In every layer: half of one tree of conditions means nothing in another."""
+    path = tmp_path / "r.yaml"
+    path.write_text(GATES)
+
+    def gate(iteration: int, *overrides: str, shrink: bool = False) -> dict[str, Any]:
+        config = load_recipe(path, overrides, shrink=shrink).for_iteration(iteration)
+        assert config.promote.gate is not None
+        return {name: dict(inner) for name, inner in config.promote.gate if inner is not None}
+
+    assert gate(1).keys() == {"not_worse"}
+    assert gate(0, shrink=True).keys() == {"at_least"}
+    assert gate(2)["not_worse"].items() >= {"metric": "b", "margin": 0.2}.items()
+    better = "promote.gate={better: {metric: sampled_accuracy}}"
+    assert [gate(t, better).keys() for t in (0, 1, 2)] == [{"better"}] * 3
+    later = f"iterations.2+.{better.replace('sampled', 'greedy')}"
+    assert gate(2, better, later)["better"]["metric"] == "greedy_accuracy"
+    assert gate(1, better, later)["better"]["metric"] == "sampled_accuracy"
+    # a name inside it changes that alone
+    assert gate(1, "iterations.1.promote.gate.not_worse.margin=0.3") == gate(1) | {
+        "not_worse": gate(1)["not_worse"] | {"margin": 0.3}
+    }
+    retry = load_recipe(path, ["promote.retry.factor=0.1"]).for_iteration(2).promote.retry
+    assert (retry.times, retry.factor) == (1, 0.1), "other sections are merged as ever"
+
+
+def test_what_was_replaced_is_no_origin(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "promote: {gate: {better: {metric: a, by: 0.1}}}")
+    recipe = load_recipe(path, ["promote.gate={better: {metric: b}}"])
+    origins = {name: (value, origin) for name, value, origin in recipe.origins()}
+    assert origins["promote.gate.better.metric"] == ("b", "override")
+    assert origins["promote.gate.better.by"] == (0.0, "default")
+
+
+def test_a_suite_of_another_kind_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    task = "suites: {q: {kind: task, reward: {name: gsm8k}, temperature: 0.5, every: 2}}"
+    path = recipe_file(tmp_path, task)
+    config = load_recipe(path, ["suites.q={kind: win_rate, reward: {name: gsm8k}}"]).for_iteration()
+    assert (config.suites["q"].kind, config.suites["q"].every) == ("win_rate", 1)
+    same = load_recipe(path, ["suites.q={kind: task, every: 3}"]).for_iteration().suites["q"]
+    assert isinstance(same, TaskSuiteConfig)
+    assert (same.temperature, same.every) == (0.5, 3)
 
 
 def test_a_recipe_without_a_reduced_form_says_so(tmp_path: Path) -> None:
