@@ -1,16 +1,18 @@
 """What lineage and diff print."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spin_cli.screen import safe
-from spin_cli.steps import FIGURES, MAX_FIGURES
-from stages.artifacts import Manifest
+from spin_cli.steps import MAX_FIGURES, ordered
 from stages.difference import ArtifactDifference, Change, Difference
 from stages.lineage import KEY_CHARS, Lineage, Node, made_with
 
 _VALUE_CHARS = 60
+_PLACE_CHARS = 30  # beside a key, which with its kind takes the rest
+_HASH = re.compile(r"[0-9a-f]{32,}")
 
 
 def tree_lines(found: Lineage) -> Iterator[str]:
@@ -71,6 +73,8 @@ def difference_lines(found: Difference) -> Iterator[str]:
         yield _line(f"{name}: only in {letter}")
     for each in found.artifacts:
         yield from _artifact_lines(each)
+    for name, problem in found.problems.items():
+        yield _line(f"{name}: PROBLEM: {problem}")
     if found.kind != "artifact":
         yield from _metric_lines(found)
 
@@ -86,6 +90,8 @@ def _artifact_lines(each: ArtifactDifference) -> Iterator[str]:
             yield _line(f"  bytes of: {names}{more}")
             continue
         yield f"  {part}:"
+        if part in ("inputs", "fingerprints"):
+            changes = [Change(c.name, _short(c.one), _short(c.other)) for c in changes]
         yield from (f"    {_change(change)}" for change in changes)
 
 
@@ -117,8 +123,14 @@ def _title(node: Node) -> str:
     if not node.inside_run:
         return f"{node.path}  from outside of the run, key {_key(node.key)}"
     made = node.manifest
-    stage = f"{made.stage}, key {_key(node.key)}, {made.cost.wall_s:,.1f} s" if made else "gone"
+    stage = (
+        f"{made.stage}, key {_key(node.key)}, {made.cost.wall_s:,.1f} s" if made else _state(node)
+    )
     return f"{node.path}  {stage}"
+
+
+def _state(node: Node) -> str:
+    return "damaged" if node.is_damaged else "gone"
 
 
 def _key(key: str) -> str:
@@ -136,21 +148,16 @@ def _details(node: Node, common: Mapping[str, str]) -> Iterator[str]:
     for name, values in (
         ("data", sources),
         ("settings", node.settings()),
-        ("figures", _figures(made)),
+        ("figures", ordered(made)),
     ):
+        shown = [f"{n} {_value(v)}" for n, v in values.items()]
+        if name == "figures" and len(shown) > MAX_FIGURES:
+            shown[MAX_FIGURES:] = [f"and {len(shown) - MAX_FIGURES} more"]
         if values:
-            yield f"{name}: " + ", ".join(f"{n} {_value(v)}" for n, v in values.items())
+            yield f"{name}: " + ", ".join(shown)
     others = {n: v for n, v in made_with(made).items() if common.get(n) != v}
     if others:
         yield "made with " + ", ".join(f"{n} {v}" for n, v in others.items())
-
-
-def _figures(manifest: Manifest) -> dict[str, Any]:
-    happened = {n: v for n, v in manifest.counts.items() if v or not n.startswith("dropped_")}
-    figures = {**manifest.metrics, **happened}
-    first = [name for name in FIGURES.get(manifest.stage, ()) if name in figures]
-    names = list(dict.fromkeys([*first, *figures]))[:MAX_FIGURES]
-    return {name: figures[name] for name in names}
 
 
 def _common(found: Lineage) -> dict[str, str]:
@@ -172,6 +179,21 @@ def _value(value: Any) -> str:
     else:
         text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _VALUE_CHARS else f"{text[: _VALUE_CHARS - 1]}…"
+
+
+def _short(value: Any) -> Any:
+    """Return a hash, or a place with its key, with the first digits of the hash alone."""
+    text = str(value)
+    if _HASH.fullmatch(text):
+        return text[:KEY_CHARS]
+    place, known, key = text.rpartition(" (key ")
+    if not known:
+        place, known, key = text.rpartition(" (content ")
+    return f"{_cut(place)}{known}{_key(key[:-1])})" if known else value
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _PLACE_CHARS else f"{text[: _PLACE_CHARS - 1]}…"
 
 
 def _line(text: str) -> str:

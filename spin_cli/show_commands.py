@@ -22,7 +22,8 @@ def add_to(app: typer.Typer) -> None:
 def show(
     place: Annotated[
         str,
-        typer.Argument(metavar="ARTIFACT|RUN:ITERATION|RUN", help="What to look at."),
+        typer.Argument(metavar="ARTIFACT|RUN:ITERATION|RUN", help="What to look at; RUN:start "
+                       "for what was before the first iteration."),
     ],
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Only the rows: what is chosen beside what is rejected.")
@@ -81,6 +82,10 @@ def show(
     place_found = find_shown(place, pairs=pairs)
     if isinstance(place_found, dict):
         put_json(place_found) if as_json else put_places(place_found)
+        problems = [each["problem"] for each in place_found["artifacts"] if "problem" in each]
+        problems += [place_found["champion_problem"]] if "champion_problem" in place_found else []
+        if problems:
+            raise CorruptError("; ".join(dict.fromkeys(problems)))
         return
     artifact, damage = open_shown(place_found, verify=not no_verify)
     stage = artifact.manifest.stage
@@ -102,16 +107,17 @@ def show(
     about = describe(artifact)
     about["damage"] = [*damage, *about["damage"]]
     asked = pairs or dropped or any((file, sort, find, prompt_id, offset))
-    if not (as_json or pairs):
+    if not as_json:
         put_artifact(about, brief=bool(asked))
     found = None
     if query.rows and (asked or has_table(artifact.manifest)):
         try:
             found = read_shown(artifact, query)
+            about["damage"] += found.damage
         except CorruptError as error:
             about["damage"].append(str(error))
     if as_json:
-        known = vars(found) if found is not None else {}
+        known = {n: v for n, v in vars(found).items() if n != "damage"} if found else {}
         put_json({"artifact": about, **known})
     elif found is not None:
         put_rows(found, query, pairs=pairs, full=full)

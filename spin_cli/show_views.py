@@ -23,6 +23,8 @@ MAX_LINES = 6
 _ROUNDING = 1e-15  # a bound of an interval may be 2e-19, and means 0
 _LABEL = 12
 _MAX_FILES = 40
+_FIRST_FIGURES = ("gain", "low", "high", "p_value", "wins", "losses", "ties")
+"""Of a condition, before the others."""
 _ROLES = {"system": "dim", "user": "cyan", "assistant": "green"}
 _TEXTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "human": ("human", "green", ("human_tokens", "human_reward", "human_logprob",
@@ -61,17 +63,30 @@ def put_places(found: Mapping[str, Any]) -> None:
     put(title)
     for each in found["artifacts"]:
         if "problem" in each:
-            put(f"  damaged    {each['problem']}")
-        else:
-            put(f"  {each['stage']:<10} {each['seconds']:8.1f} s  {each['path']}")
+            put(f"  DAMAGED     {each['problem']}")
+            continue
+        stage = f"suite {each['name']}" if each["name"] else each["stage"]
+        decision = f"  {each['decision']}" if each["decision"] else ""
+        put(_one_line(f"  {stage:<10} {each['seconds']:8.1f} s  {each['path']}{decision}"))
     if not found["artifacts"]:
         put("  nothing is done yet")
+    _put_champion(found)
     begun = found.get("iterations")
     if begun is not None:
         further = f", one iteration: spin show {run}:{begun[-1]}" if begun else ""
         put(f"stages and figures: spin status {run}{further}")
     elif found["artifacts"]:
-        put(f"one of them: spin show PATH; its pairs: spin show {run}:{found['iteration']} --pairs")
+        pairs = f"; its pairs: spin show {run}:{found['iteration']} --pairs"
+        put(f"one of them: spin show PATH{pairs if found['iteration'] != 'start' else ''}")
+
+
+def _put_champion(found: Mapping[str, Any]) -> None:
+    if "champion_problem" in found:
+        put(f"  DAMAGED     {found['champion_problem']}")
+    elif found.get("champion"):
+        put(_one_line(f"champion: {found['champion']} ({found['champion_reason']})"))
+    elif "champion" in found:
+        put("champion: none yet")
 
 
 def put_artifact(about: Mapping[str, Any], *, brief: bool) -> None:
@@ -158,10 +173,13 @@ def _add_verdict(lines: "_Lines", verdict: Mapping[str, Any], depth: int) -> Non
     """Add a condition, and those that it is made of, further to the right."""
     passed = bool(verdict.get("passed"))
     word = "passed" if passed else "failed"
-    text = f"{'  ' * depth}{word}  {verdict.get('kind')}: {verdict.get('text')}"
-    lines.entry("verdict" if not depth else "", text, style="green" if passed else "red")
-    if verdict.get("figures"):
-        lines.entry("", f"{'  ' * depth}        {_listed(verdict['figures'])}", style="dim")
+    text = f"{word}  {verdict.get('kind')}: {verdict.get('text')}"
+    style = "green" if passed else "red"
+    lines.entry("verdict" if not depth else "", text, style, indent=2 * depth, hanging=8)
+    figures = verdict.get("figures")
+    if isinstance(figures, Mapping) and figures:
+        first = {name: figures[name] for name in _FIRST_FIGURES if name in figures}
+        lines.entry("", _listed({**first, **figures}), "dim", indent=2 * depth + 8)
     for child in verdict.get("children") or []:
         _add_verdict(lines, child, depth + 1)
 
@@ -312,10 +330,22 @@ class _Lines:
         line.truncate(self.width, overflow="ellipsis")
         self._lines.append(line)
 
-    def entry(self, label: str, text: str, style: str = "") -> None:
-        """Add what a label says, on as many lines as it takes; nothing where there is no text."""
-        if text:
-            self._put_beside(label, "dim", self._wrapped(_one_line(text), style, None, _LABEL))
+    def entry(
+        self, label: str, text: str, style: str = "", *, indent: int = 0, hanging: int = 0
+    ) -> None:
+        """Add what a label says, on as many lines as it takes; nothing where there is no text.
+
+        Args:
+            indent: of all its lines.
+            hanging: of the lines after the first, besides.
+        """
+        if not text:
+            return
+        indent = min(indent, self.width // 3)
+        body = self._wrapped(_one_line(text), style, None, _LABEL + indent + hanging)
+        for place, line in enumerate(body):
+            line.pad_left(indent + (hanging if place else 0))
+        self._put_beside(label, "dim", body)
 
     def text(self, text: str, style: str, max_lines: int | None) -> None:
         """Add a text of several lines."""

@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from stages.artifacts import InputRef, Manifest, read_manifest
 from stages.artifacts.pointer import read_pointer
-from stages.errors import ConfigError
+from stages.config import RunConfig
+from stages.errors import ConfigError, CorruptError
+from stages.layout import RunLayout
 from stages.lineage import flat, made_with
 from stages.run_record import read_recipe
 from stages.subjects import Subject
@@ -54,6 +58,8 @@ class ArtifactDifference:
     """By SHA-256."""
     counts: list[Change]
     metrics: list[Change]
+    info: list[Change]
+    """What decides no result and was told beside it: threads, processes, GPUs, alarms."""
     code: list[Change]
     """Commit, Python and libraries."""
     cost: list[Change]
@@ -81,6 +87,8 @@ class Difference:
     only_other: list[str] = field(default_factory=list)
     recipe: list[Change] = field(default_factory=list)
     """Of runs: settings that decide results, and the champion."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """What both have and one cannot be read of, by name."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the difference as plain JSON values; `a` and `b` are the two."""
@@ -92,12 +100,14 @@ class Difference:
             "recipe": [change.to_json() for change in self.recipe],
             "only_a": self.only_one,
             "only_b": self.only_other,
+            "problems": self.problems,
             "artifacts": [each.to_json() for each in self.artifacts],
         }
 
     def is_same(self) -> bool:
         """Tell whether both hold the same artifacts, to the last byte."""
-        return all(d.same_bytes for d in self.artifacts) and not self.only_one + self.only_other
+        others = [*self.only_one, *self.only_other, *self.problems]
+        return all(d.same_bytes for d in self.artifacts) and not others
 
 
 def difference(one: Subject, other: Subject) -> Difference:
@@ -107,7 +117,8 @@ def difference(one: Subject, other: Subject) -> Difference:
 
     Raises:
         ConfigError: they are not of a kind.
-        InputError, CorruptError: a manifest or a recipe cannot be read.
+        InputError, CorruptError: a manifest or a recipe cannot be read. A damaged manifest of an
+            iteration or a run is a problem at its place instead.
     """
     if one.kind != other.kind:
         raise ConfigError(
@@ -117,15 +128,24 @@ def difference(one: Subject, other: Subject) -> Difference:
     here, there = one.artifacts(), other.artifacts()
     if one.artifact is not None and other.artifact is not None:
         here, there = {one.name: one.artifact}, {one.name: other.artifact}
-    both = [name for name in here if name in there]
+    compared: list[ArtifactDifference] = []
+    problems: dict[str, str] = {}
+    for name in [name for name in here if name in there]:
+        try:
+            compared.append(_compare(name, here[name], there[name]))
+        except CorruptError as error:
+            if one.kind == "artifact":
+                raise
+            problems[name] = str(error)
     return Difference(
         one.name,
         other.name,
         one.kind,
-        [_compare(name, here[name], there[name]) for name in both],
+        compared,
         [name for name in here if name not in there],
         [name for name in there if name not in here],
         _recipes(one, other) if one.kind == "run" else [],
+        problems,
     )
 
 
@@ -139,12 +159,13 @@ def _compare(name: str, one: Path, other: Path) -> ArtifactDifference:
             {"stage": a.stage, "format_version": a.format_version},
             {"stage": b.stage, "format_version": b.format_version},
         ),
-        config=_changes(flat(a.config), flat(b.config)),
+        config=_settings(flat(a.config), flat(b.config)),
         inputs=_inputs(a.inputs, b.inputs),
         fingerprints=_changes(a.fingerprints, b.fingerprints),
         files=_changes(_hashes(a), _hashes(b)),
         counts=_changes(a.counts, b.counts),
         metrics=_changes(a.metrics, b.metrics),
+        info=_changes(flat(a.info), flat(b.info)),
         code=_changes(made_with(a), made_with(b)),
         cost=_changes(_cost(a), _cost(b)),
     )
@@ -153,6 +174,49 @@ def _compare(name: str, one: Path, other: Path) -> ArtifactDifference:
 def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Change]:
     pairs = ((n, one.get(n, ABSENT), other.get(n, ABSENT)) for n in _names(one, other))
     return [Change(name, a, b) for name, a, b in pairs if a != b]
+
+
+def _settings(
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    configs: tuple[RunConfig, RunConfig] | None = None,
+) -> list[Change]:
+    """Return the settings that differ.
+
+    A section that only one has is told by its settings that are no defaults, or where it has none
+    such as set.
+
+    Args:
+        configs: the recipes that they are of; without, no defaults are known.
+    """
+    changes = _changes(one, other)
+    names = [*one, *other]
+    empty = {c.name for c in changes if any(n.startswith(f"{c.name}.") for n in names)}
+    if configs is not None:
+        changes = [c for c in changes if c.name in empty or not _is_default(c, *configs)]
+    found = []
+    for change in changes:
+        if change.name not in empty:
+            found.append(change)
+        elif not any(c.name.startswith(f"{change.name}.") for c in changes):
+            values = ("(set)" if v == ABSENT else v for v in (change.one, change.other))
+            found.append(Change(change.name, *values))
+    return found
+
+
+def _is_default(change: Change, one: RunConfig, other: RunConfig) -> bool:
+    """Tell whether only one has this setting, and it is the default there."""
+    if ABSENT not in (change.one, change.other):
+        return False
+    part: Any = other if change.one == ABSENT else one
+    *above, last = change.name.split(".")
+    for name in above:
+        part = part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+    known = type(part).model_fields.get(last) if isinstance(part, BaseModel) else None
+    if known is None or known.is_required():
+        return False
+    default = known.get_default(call_default_factory=True)
+    return bool(getattr(part, last) == default) and not isinstance(default, BaseModel)
 
 
 def _names(one: Iterable[str], other: Iterable[str]) -> list[str]:
@@ -188,18 +252,24 @@ def _recipes(one: Subject, other: Subject) -> list[Change]:
     a, b = read_recipe(one.layout), read_recipe(other.layout)
     found: dict[str, Change] = {}
     for iteration in [None, *sorted({*a.turning_points(), *b.turning_points()})]:
-        for change in _changes(a.settings(iteration), b.settings(iteration)):
+        configs = (a.for_iteration(iteration), b.for_iteration(iteration))
+        for change in _settings(a.settings(iteration), b.settings(iteration), configs):
             known = found.get(change.name)
             if known is None:
                 found[change.name] = change
             elif (known.one, known.other) != (change.one, change.other):
                 name = f"{change.name} (iteration {iteration})"
                 found[name] = Change(name, change.one, change.other)
-    champions = [
-        pointer.path if pointer else None
-        for pointer in (read_pointer(one.layout.champion), read_pointer(other.layout.champion))
-    ]
-    return [*found.values(), *_changes({"champion": champions[0]}, {"champion": champions[1]})]
+    champions = [_champion(layout) for layout in (one.layout, other.layout)]
+    return [*found.values(), *_changes(*champions)]
+
+
+def _champion(layout: RunLayout) -> dict[str, str | None]:
+    pointer = read_pointer(layout.champion)
+    return {
+        "champion": pointer.path if pointer else None,
+        "champion's key": pointer.key if pointer else None,
+    }
 
 
 def _a(kind: str) -> str:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.artifacts.pointer import POINTER_NAME
 from stages.artifacts.produce import RUN_MARK
 
 ITERATION_STAGES = ("generate", "reward", "pair", "score", "train", "evaluate", "promote")
@@ -44,7 +45,7 @@ class RunLayout:
     @property
     def champion(self) -> Path:
         """The one pointer of the run."""
-        return self.root / "champion"
+        return self.root / POINTER_NAME
 
     @property
     def tracking(self) -> Path:

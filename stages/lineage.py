@@ -3,9 +3,10 @@
 Nothing is recomputed and no file but manifests is read: `spin verify` hashes bytes.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stages.artifacts.files import inner_path
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import read_pointer
 from stages.config import EngineConfig, RunConfig, SftConfig
-from stages.errors import InputError, SpinError
+from stages.errors import CorruptError, InputError, SpinError
 from stages.subjects import Subject
 
 KEY_CHARS = 12
@@ -36,6 +37,8 @@ class Node:
     """Why the chain cannot be trusted, or told, from here."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """From the name of an input to the id of its node."""
+    is_damaged: bool = False
+    """Its manifest is there and cannot be read; the key and content are those it was used with."""
 
     @property
     def id(self) -> str:
@@ -113,35 +116,53 @@ class Lineage:
         """Return the problems of all nodes, each with its place."""
         return [f"{node.path}: {p}" for node in self.nodes.values() for p in node.problems]
 
+    def damage(self) -> list[str]:
+        """Return what is wrong with the manifests that are damaged."""
+        return [p for node in self.nodes.values() if node.is_damaged for p in node.problems]
+
     def to_json(self) -> dict[str, Any]:
         """Return the lineage as plain JSON values; paths in it are relative to the run."""
         return {
             "ends": list(self.ends),
-            "nodes": {name: node.to_json() for name, node in self.nodes.items()},
+            "nodes": {
+                name: {**node.to_json(), "problems": [self.relative(p) for p in node.problems]}
+                for name, node in self.nodes.items()
+            },
             "seconds": round(self.seconds(), 3),
-            "problems": self.problems(),
+            "problems": [self.relative(problem) for problem in self.problems()],
         }
+
+    def relative(self, text: str) -> str:
+        """Return a text with the paths in it relative to the run; where it lies is left out."""
+        return text if self.root is None else without_root(text, self.root)
 
 
 def lineage(subject: Subject) -> Lineage:
     """Return what made an artifact; of an iteration, what made all that nothing else in it uses.
 
-    Of a run it is its champion, or before there is one all that nothing else in it uses.
+    Of a run it is its champion, or before there is one all that nothing else in it uses. A damaged
+    manifest among them is a problem at its place, as one on the way is.
 
     Raises:
         InputError: the run or the iteration holds no finished artifact.
-        CorruptError: the manifest of what was asked about is damaged.
+        CorruptError: the manifest of the one artifact that was asked about is damaged.
     """
     root = subject.layout.root if subject.layout else None
-    return trace(_ends(subject), root)
+    if subject.artifact is not None:
+        return _with_pointer(trace([subject.artifact], root), subject)
+    sound, damaged = _ends(subject)
+    found = trace(sound, root)
+    nodes = {node.id: node for node in damaged if node.path not in _damaged_places(found)}
+    found = replace(found, ends=(*found.ends, *nodes), nodes={**found.nodes, **nodes})
+    return _with_pointer(found, subject)
 
 
 def trace(places: Sequence[Path], root: Path | None) -> Lineage:
     """Return what made some artifacts.
 
     Args:
-        places: of the artifacts, resolved.
-        root: the run that they lie in.
+        places: of the artifacts.
+        root: the run that they lie in, as their paths begin.
 
     Raises:
         InputError, CorruptError: one of them is no artifact; what led to them may be anything.
@@ -157,6 +178,11 @@ def trace(places: Sequence[Path], root: Path | None) -> Lineage:
         ends.append(own.id)
         _add_with_inputs(own, root, nodes)
     return Lineage(root, tuple(ends), nodes)
+
+
+def without_root(text: str, root: Path) -> str:
+    """Return a text with the paths in it relative to `root`."""
+    return re.sub(rf"(?<![\w./-]){re.escape(str(root))}/", "", text)
 
 
 def notable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,24 +226,51 @@ def code_of(git: Mapping[str, Any]) -> dict[str, str]:
     return {"commit": f"{str(git['commit'])[:KEY_CHARS]}{changed}"}
 
 
-def _ends(subject: Subject) -> list[Path]:
-    if subject.artifact is not None:
-        return [subject.artifact]
+def _with_pointer(found: Lineage, subject: Subject) -> Lineage:
+    """Return a lineage with the problem that the champion is not the one that was promoted.
+
+    Nothing else but the pointer knows the key of what it names.
+    """
+    layout = subject.layout
+    is_named = layout is not None and Path(subject.name).is_file()
+    if layout is None or not (is_named or subject.kind == "run"):
+        return found
+    pointer = read_pointer(layout.champion)
+    nodes = dict(found.nodes)
+    for node in found.nodes.values():
+        if pointer and node.manifest and node.path == pointer.path and node.key != pointer.key:
+            problem = (
+                f"another artifact is there now (key {node.key[:KEY_CHARS]}) than was promoted "
+                f"(key {pointer.key[:KEY_CHARS]})"
+            )
+            nodes[node.id] = replace(node, problems=(*node.problems, problem))
+    return replace(found, nodes=nodes)
+
+
+def _damaged_places(found: Lineage) -> set[str]:
+    return {node.path for node in found.nodes.values() if node.is_damaged}
+
+
+def _ends(subject: Subject) -> tuple[list[Path], list[Node]]:
+    """Return the artifacts that nothing else in it uses, and nodes for those that are damaged."""
     assert subject.layout is not None, "runs and iterations have a layout"
     root = subject.layout.root
-    pointer = read_pointer(subject.layout.champion) if subject.iteration is None else None
-    if pointer is not None:
-        return [root / pointer.path]
-    places = list(subject.artifacts().values())
+    pointer = read_pointer(subject.layout.champion) if subject.kind == "run" else None
+    places = [root / pointer.path] if pointer else list(subject.artifacts().values())
     if not places:
         raise InputError(f"{subject.name} holds no finished artifact yet; see: spin status {root}")
-    used = {
-        root / ref.path
-        for place in places
-        for ref in read_manifest(place).inputs.values()
-        if ref.inside_run
-    }
-    return [place for place in places if place not in used]
+    manifests: dict[Path, Manifest] = {}
+    damaged = []
+    for place in places:
+        try:
+            manifests[place] = read_manifest(place)
+        except CorruptError as error:
+            shown = place.relative_to(root).as_posix()
+            ref = InputRef(path=shown, inside_run=True, key="", content="")
+            damaged.append(_node(ref, None, (str(error),), is_damaged=True))
+    refs = [ref for manifest in manifests.values() for ref in manifest.inputs.values()]
+    used = {root / ref.path for ref in refs if ref.inside_run}
+    return [place for place in manifests if place not in used], damaged
 
 
 def _add_with_inputs(end: Node, root: Path | None, nodes: dict[str, Node]) -> None:
@@ -248,7 +301,8 @@ def _resolve(ref: InputRef, root: Path | None) -> Node:
         place = inner_path(root, ref.path)
         manifest = read_manifest(place) if (place / MANIFEST_NAME).exists() else None
     except SpinError as error:
-        return _node(ref, None, (str(error),))
+        is_damaged = isinstance(error, CorruptError)
+        return _node(ref, None, (str(error),), is_damaged=is_damaged)
     if manifest is None:
         return _node(ref, None, ("it is not in the run any more; what made it is not known",))
     if manifest.key != ref.key:
@@ -259,10 +313,16 @@ def _resolve(ref: InputRef, root: Path | None) -> Node:
     return _node(ref, manifest, ())
 
 
-def _node(ref: InputRef, manifest: Manifest | None, problems: tuple[str, ...]) -> Node:
+def _node(
+    ref: InputRef,
+    manifest: Manifest | None,
+    problems: tuple[str, ...],
+    *,
+    is_damaged: bool = False,
+) -> Node:
     refs = manifest.inputs if manifest else {}
     ids = {name: _node_id(each) for name, each in refs.items()}
-    return Node(ref.path, ref.inside_run, ref.key, ref.content, manifest, problems, ids)
+    return Node(ref.path, ref.inside_run, ref.key, ref.content, manifest, problems, ids, is_damaged)
 
 
 def _node_id(ref: InputRef) -> str:

@@ -22,12 +22,13 @@ from stages.artifacts import Artifact, Manifest, count_rows, read_batches, read_
 from stages.artifacts.files import inner_path
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME, check_listing
+from stages.artifacts.pointer import read_pointer
 from stages.artifacts.tables import Row
 from stages.data.aligned import SortedTable, aligned
 from stages.data.rows import PROMPTS
 from stages.errors import ConfigError, CorruptError, InputError, SpinError
 from stages.layout import RunLayout
-from stages.subjects import find_subject
+from stages.subjects import START, Subject, find_subject
 
 SORTS = ("margin", "reward", "length", "prompt")
 MAIN_TABLE = {
@@ -53,6 +54,7 @@ MARGINS = (
 _REWARDS = ("chosen_reward", "sampled_reward", "reward", "score")
 _BATCH_ROWS = 1024
 _NO_PROMPTS = "the prompts are not in this run"
+_DAMAGED_PROMPTS = "the prompts cannot be shown: what leads to them is damaged"
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,15 @@ class Found:
     sorted_by: str | None = None
     """What the rows were sorted by, in words."""
     notes: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+    """What kept the prompts from being shown."""
 
 
 def find_shown(place: str, *, pairs: bool = False) -> Path | dict[str, Any]:
     """Return the artifact that a text names, or what is known of the run that it names.
 
     Args:
-        place: an artifact, RUN/champion, RUN, or RUN:ITERATION.
+        place: an artifact, RUN/champion, RUN, RUN:ITERATION, or RUN:start.
         pairs: an artifact with pairs will be looked at: of an iteration, take the furthest one.
 
     Raises:
@@ -95,50 +99,89 @@ def find_shown(place: str, *, pairs: bool = False) -> Path | dict[str, Any]:
     """
     subject = find_subject(place)
     if subject.artifact is not None:
-        return Path(place) if Path(place).is_dir() else subject.artifact
+        return subject.artifact
     layout, iteration = subject.layout, subject.iteration
     assert layout is not None, "runs and iterations have a layout"
-    if iteration is None:
+    if subject.kind == "run":
         begun = layout.iterations()
         if pairs:
             last = max(begun, default=0)
             raise ConfigError(f"{place} is a whole run; name an iteration, such as {place}:{last}")
-        return {"run": place, "iterations": begun, "artifacts": _artifacts(layout)}
-    folder = layout.stage(iteration, "pair").parent
+        return {
+            "run": str(layout.root),
+            "iterations": begun,
+            **_champion(layout),
+            "artifacts": _artifacts(subject),
+        }
+    folder = subject.folder()
     if not pairs:
         return {
             "run": str(layout.root),
-            "iteration": iteration,
-            "artifacts": _artifacts(layout, iteration),
+            "iteration": START if iteration is None else iteration,
+            "artifacts": _artifacts(subject),
         }
+    if iteration is None:
+        raise InputError(f"{place} has no pairs; name an iteration, such as {layout.root}:0")
     for stage in ("score", "pair"):
         if (folder / stage / MANIFEST_NAME).is_file():
             return folder / stage
     raise InputError(f"{folder} has no pairs yet; go on: spin run … --run {layout.root}")
 
 
-def _artifacts(layout: RunLayout, iteration: int | None = None) -> list[dict[str, Any]]:
-    """Return {path, stage, seconds} of the artifacts of a run or an iteration, as they were made.
+def _champion(layout: RunLayout) -> dict[str, Any]:
+    """Return {champion: its path, or None; champion_reason}, or {champion_problem}."""
+    try:
+        pointer = read_pointer(layout.champion)
+    except SpinError as error:
+        return {"champion_problem": str(error)}
+    if pointer is None:
+        return {"champion": None}
+    return {"champion": pointer.path, "champion_reason": pointer.history[-1].reason}
 
-    One that cannot be read has {path, problem}.
+
+def _artifacts(subject: Subject) -> list[dict[str, Any]]:
+    """Return {path, stage, name, seconds, decision} of artifacts in the order of their making.
+
+    `name` is that of a suite, `decision` what promote decided, in words. Names and sizes of files
+    are checked. Where something cannot be read there is a `problem`; such come last.
     """
-    folder = layout.root if iteration is None else layout.stage(iteration, "pair").parent
-    found: list[tuple[tuple[int, str, str], dict[str, Any]]] = []
-    for file in folder.glob(f"**/{MANIFEST_NAME}"):
-        place = layout.relative(file.parent)
-        if any(part.startswith(".") for part in place.split("/")):
-            continue
-        about: dict[str, Any] = {"path": str(file.parent)}
-        at = ""
+    layout = subject.layout
+    assert layout is not None, "runs and iterations have a layout"
+    found: list[tuple[tuple[bool, int, str, str], dict[str, Any]]] = []
+    for path in subject.artifacts().values():
+        place, at = layout.relative(path), ""
+        about: dict[str, Any] = {"path": str(path)}
         try:
-            manifest = read_manifest(file.parent)
-            about |= {"stage": manifest.stage, "seconds": manifest.cost.wall_s}
-            at = manifest.cost.started_at
+            artifact, damage = open_shown(path)
+            at = artifact.manifest.cost.started_at
+            about |= _listed(artifact, damage)
         except SpinError as error:
-            about["problem"] = str(error)
+            damage = [str(error)]
+        if damage:
+            about["problem"] = damage[0]
         number = layout.iteration_of(place)
-        found.append(((-1 if number is None else number, at, place), about))
+        found.append(((bool(damage), -1 if number is None else number, at, place), about))
     return [about for _, about in sorted(found, key=lambda each: each[0])]
+
+
+def _listed(artifact: Artifact, damage: list[str]) -> dict[str, Any]:
+    """Return what is said of an artifact among others."""
+    manifest = artifact.manifest
+    decision = _object(artifact, "decision.json", damage) if not damage else None
+    words = None
+    if decision is not None:
+        reasons = "; ".join(map(str, decision.get("reasons") or []))
+        words = "promoted" if decision.get("promoted") else f"refused: {reasons}"
+    return {
+        "stage": manifest.stage,
+        "name": _suite_name(manifest),
+        "seconds": manifest.cost.wall_s,
+        "decision": words,
+    }
+
+
+def _suite_name(manifest: Manifest) -> Any:
+    return manifest.config.get("suite") if manifest.stage == "suite" else None
 
 
 def open_shown(path: Path, *, verify: bool = True) -> tuple[Artifact, list[str]]:
@@ -169,7 +212,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "path": str(artifact.path),
         "stage": manifest.stage,
         "key": manifest.key,
-        "name": manifest.config.get("suite") if manifest.stage == "suite" else None,
+        "name": _suite_name(manifest),
         "made": {
             "at": manifest.cost.started_at,
             "seconds": manifest.cost.wall_s,
@@ -274,13 +317,14 @@ def read_shown(artifact: Artifact, query: Query) -> Found:
     schema = _schema(paths[0])
     key = _sort_key(paths, schema, query.sort, artifact)
     own = _stream(artifact, members, schema)
+    damage: list[str] = []
     if "prompt_id" not in schema.names:
         spread = key is None and not query.offset and query.find is None
         tables = _with_prompts(own, schema, artifact, None)
         chosen = _spread(tables, num_rows, query.rows) if spread else None
         data = None
     else:
-        chosen, data = None, _data_of(artifact, schema)
+        chosen, data = None, _data_of(artifact, schema, damage)
         tables = _with_prompts(own, schema, artifact, data)
     if chosen is None:
         kept = _matching(tables, query)
@@ -289,9 +333,21 @@ def read_shown(artifact: Artifact, query: Query) -> Found:
         else:
             backwards = query.sort == "prompt" and query.reverse
             chosen = _last(kept, query) if backwards else _first(kept, query)
-    has_prompts = data is not None or _has_prompts(schema) or "prompt_id" not in schema.names
+    notes = _notes(artifact, query)
+    if not (data is not None or _has_prompts(schema) or "prompt_id" not in schema.names):
+        notes.append(_DAMAGED_PROMPTS if damage else _NO_PROMPTS)
     words = key.words if key else query.sort and "prompt_id"
-    return Found(name, [_shown(row) for row in chosen], words, [] if has_prompts else [_NO_PROMPTS])
+    return Found(name, [_shown(row) for row in chosen], words, notes, damage)
+
+
+def _notes(artifact: Artifact, query: Query) -> list[str]:
+    """Return where else there is something to be found, if only one of several tables is read."""
+    if query.file is not None or not (query.find or query.prompt_id):
+        return []
+    main = MAIN_TABLE.get(artifact.manifest.stage)
+    names = [name.split(".")[0].split("-")[0] for name in _groups(artifact.manifest)]
+    others = [name for name in names if name in ("train", "heldout") and name != main]
+    return [f"in {main} alone; also: --file {name}" for name in others]
 
 
 def _first_lines(artifact: Artifact, name: str, query: Query) -> list[Row]:
@@ -440,8 +496,11 @@ def _has_prompts(schema: pa.Schema) -> bool:
     return "messages" in schema.names or "prompt" in schema.names
 
 
-def _data_of(artifact: Artifact, schema: pa.Schema) -> Artifact | None:
-    """Open the data that an artifact's rows are of, None where it is not to be had."""
+def _data_of(artifact: Artifact, schema: pa.Schema, damage: list[str]) -> Artifact | None:
+    """Open the data that an artifact's rows are of, None where it is not to be had.
+
+    What of it is damaged is added to `damage`.
+    """
     if _has_prompts(schema):
         return None
     root = run_root(artifact.path)
@@ -454,8 +513,10 @@ def _data_of(artifact: Artifact, schema: pa.Schema) -> Artifact | None:
             place = inner_path(root, manifest.inputs[name].path)
             manifest, depth = read_manifest(place), depth + 1
             if manifest.stage == "prepare":
+                check_listing(place, manifest)
                 return Artifact(place, manifest, artifact.verify)
-        except SpinError:  # damaged or gone: the rows are shown without
+        except SpinError as error:  # damaged or gone: the rows are shown without
+            damage += [str(error)] if isinstance(error, CorruptError) else []
             return None
     return None
 

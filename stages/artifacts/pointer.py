@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stages.artifacts import locks
 from stages.artifacts.files import inner_path, write_durably
 from stages.artifacts.keys import open_sealed, sealed_text
+from stages.artifacts.produce import RUN_MARK
 from stages.errors import CorruptError, InputError
 
+POINTER_NAME = "champion"
+"""Of the one pointer of a run, beside its record."""
 POINTER_FORMAT = 1
 _HASH_NAME = "sha256"
 
@@ -81,6 +84,24 @@ def read_pointer(path: Path) -> Pointer | None:
     pointer = parse_pointer(data, path, remedy)
     inner_path(path.parent, pointer.path, named_by=path.name)
     return pointer
+
+
+def pointed_to(path: Path) -> Path:
+    """Return the artifact that the file RUN/champion points to.
+
+    Raises:
+        InputError: it is another file.
+        CorruptError: the pointer is damaged.
+    """
+    pointer = None
+    if path.name == POINTER_NAME and (path.parent / RUN_MARK).is_file():
+        pointer = read_pointer(path)
+    if pointer is None:
+        raise InputError(
+            f"{path} is a file, and no artifact and no champion pointer (RUN/{POINTER_NAME}); "
+            "name a folder"
+        )
+    return path.parent / pointer.path
 
 
 def parse_pointer(data: bytes, path: object, remedy: str) -> Pointer:

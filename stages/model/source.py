@@ -10,7 +10,7 @@ from pathlib import Path
 from stages.artifacts import Artifact, InputRef, open_artifact, run_root
 from stages.artifacts.keys import sha256_file
 from stages.artifacts.manifest import MANIFEST_NAME, content_hash
-from stages.artifacts.pointer import read_pointer
+from stages.artifacts.pointer import pointed_to
 from stages.errors import CorruptError, InputError
 from stages.model.base import BASE_NAME, Base, base_of, is_adapter
 
@@ -141,9 +141,7 @@ def _refuse_circle(folder: Path, above: Sequence[Path]) -> None:
 def _find(name: str, revision: str | None, root: Path | None, verify: bool) -> ModelSource:
     path = Path(name)
     if path.is_file():
-        pointer = read_pointer(path)
-        assert pointer is not None, "the file exists"
-        path = path.parent / pointer.path
+        path = pointed_to(path)
     if (path / MANIFEST_NAME).is_file():
         artifact = open_artifact(path, stages=MODEL_STAGES, verify=verify)
         _refuse_code(path)

@@ -19,8 +19,8 @@ from spin_cli.lineage_views import dot_lines, tree_lines
 from stages.artifacts import Outcome, Plan, open_artifact, produce, read_manifest
 from stages.artifacts.manifest import InputRef
 from stages.errors import CorruptError, InputError
-from stages.layout import RunLayout
 from stages.lineage import lineage, notable_settings, trace
+from stages.model.source import resolve_model
 from stages.subjects import find_subject
 from tests import fake_stages
 
@@ -83,12 +83,59 @@ class TestSubjects:
             "a/iterations/001/train": ("artifact", None),
             "a/champion": ("artifact", None),
             "./a/../a/data": ("artifact", None),
+            "a:start": ("iteration", None),
+            "a/start": ("iteration", None),
         }
         for name, (kind, iteration) in kinds.items():
             found = find_subject(name)
             assert (found.kind, found.iteration) == (kind, iteration), name
-            assert found.layout == RunLayout(run)
-        assert find_subject("a/champion").artifact == run / "iterations/001/train"
+            assert found.layout is not None
+            assert found.layout.root.resolve() == run
+        assert find_subject("a/champion").artifact == Path("a/iterations/001/train")
+
+    @pytest.mark.parametrize("name", ["a:start", "a/start"])
+    def test_the_start_is_the_first_opponent_and_its_evaluations(
+        self, run: Path, name: str
+    ) -> None:
+        found = find_subject(name)
+        assert found.is_start
+        assert found.artifacts() == {
+            "evaluate": Path("a/start/evaluate"),
+            "sft": Path("a/models/sft"),
+        }
+        assert "start/evaluate" in spin("lineage", name).stdout
+        assert "models/sft" in spin("show", name).stdout
+        assert "evaluate: another key" in spin("diff", name, "a:0").stdout
+
+    def test_places_begin_with_what_was_typed(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (run.parent / "link").symlink_to(run)
+        for name in ("a", "./a", str(run), "link", "link/../a"):
+            for more in ("", ":1", "/iterations/001", ":start", "/data"):
+                subject = find_subject(name + more)
+                assert subject.layout is not None
+                for place in [subject.layout.root, *subject.artifacts().values()]:
+                    assert place.is_relative_to(Path(name)), (name, more, place)
+                    assert place.exists()
+        monkeypatch.chdir(run / "iterations/001")
+        for words in (("show", "."), ("lineage", ".")):
+            text = spin(*words).stdout
+            assert "train" in text
+            assert str(run) not in text
+        assert find_subject(".").iteration == 1
+
+    def test_a_pointer_is_the_champion_of_a_run_alone(self, run: Path) -> None:
+        shutil.copy("a/champion", "a/mine")
+        shutil.copy("a/champion", "champion")
+        for name in ("a/mine", "champion"):
+            with pytest.raises(InputError, match="no champion pointer"):
+                find_subject(name)
+            with pytest.raises(InputError, match="no champion pointer"):
+                resolve_model(name)
+        Path("a/champion").write_text("{}")
+        with pytest.raises(CorruptError, match="delete a/champion"):
+            find_subject("a/champion")
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -98,7 +145,10 @@ class TestSubjects:
             ("a:7", "a:7: the run has no iteration 7; it has 0, 1"),
             ("a:one", "a:one does not exist"),
             ("a/iterations", "is no artifact, no run and no iteration"),
-            ("a/run.json", "run.json is damaged"),
+            ("a/run.json", "a/run.json is a file, and no artifact and no champion pointer"),
+            ("recipe.yaml", "recipe.yaml is a file, and no artifact and no champion pointer"),
+            ("a/models", "is no artifact, no run and no iteration"),
+            ("a/iterations/start", "does not exist"),
         ],
     )
     def test_what_names_nothing_is_refused(self, run: Path, name: str, message: str) -> None:
@@ -216,6 +266,23 @@ class TestProblems:
         [problem, *_] = lineage(find_subject("a/iterations/001/train")).problems()
         assert "manifest.json is damaged" in problem
         spin("lineage", "a/iterations/000/train", expect=4)
+
+    def test_a_damaged_manifest_in_an_iteration_hides_nothing_else(self, run: Path) -> None:
+        (run / "iterations/001/evaluate/manifest.json").write_text("{}")
+        for words in ((), ("--json",), ("--dot",)):
+            result = spin("lineage", "a:1", *words, expect=4)
+            assert "iterations/001/train" in result.stdout
+            assert "evaluate/manifest.json is damaged" in result.stderr
+        on_the_way = r"evaluation: iterations/001/evaluate  damaged\n[│ ]*PROBLEM: "
+        assert re.search(on_the_way, spin("lineage", "a:1", expect=4).stdout)
+        (run / "iterations/001/promote/manifest.json").write_text("{}")
+        text = spin("lineage", "a:1", expect=4).stdout
+        assert re.search(r"^iterations/001/promote  damaged\n[│ ]*PROBLEM: ", text, re.MULTILINE)
+        assert "data  prepare" in text
+
+    def test_an_input_that_is_gone_is_no_damage(self, run: Path) -> None:
+        shutil.rmtree(run / "iterations/000/score")
+        assert "PROBLEM: it is not in the run" in spin("lineage", "a").stdout
 
     def test_a_path_that_leaves_the_run_is_not_followed(self, tmp_path: Path) -> None:
         root = tmp_path / "run"

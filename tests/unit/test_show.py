@@ -365,7 +365,9 @@ class TestPlaces:
         [
             ("nowhere", "does not exist"),
             ("run:7", "has no iteration 7; it has 0"),
-            ("run/data:0", "does not exist; name a folder with manifest.json, a run, or RUN:N"),
+            ("run/data:0", "does not exist; name a folder with manifest.json, a run, RUN:N"),
+            ("run/run.json", "run.json is a file, and no artifact and no champion pointer"),
+            ("run/data/manifest.json", "manifest.json is a file, and no artifact"),
             ("run/iterations", "is no artifact"),
         ],
     )
@@ -422,11 +424,46 @@ class TestDamage:
         file.write_text(file.read_text().replace("pairs", "spairs"))
         result = spin("show", file.parent, expect=4)
         assert "is damaged (its hash does not match)" in result.stderr
-        assert "damaged" in spin("show", f"{run.root}:0").stdout
 
-    def test_damaged_prompts_do_not_hide_that_they_are(self, run: RunLayout) -> None:
-        file = run.data / "train-00000.parquet"
+    @pytest.mark.parametrize("place", ["", ":0"])
+    def test_a_listing_tells_damage_after_all_that_is_sound(
+        self, run: RunLayout, place: str
+    ) -> None:
+        run.champion.write_text("{}")
+        (run.stage(0, "pair") / "manifest.json").write_text("{}")
+        weights = run.stage(0, "train") / "model.bin"
+        make(run.stage(0, "train"), "train", {}, texts={weights.name: "weights"})
+        make(run.suite(0, "quiz"), "suite", {}, settings={"suite": "quiz"})
+        weights.write_text("weigh")
+        result = spin("show", f"{run.root}{place}", expect=4)
+        lines = result.stdout.splitlines()
+        kinds = [line.split()[0] for line in lines if line.startswith("  ")]
+        number = 2 if place else 3
+        assert kinds[-number:] == ["DAMAGED"] * number, result.stdout
+        assert set(kinds[:-number]) >= {"score", "suite"}
+        assert "model.bin has 5 bytes, its manifest says 7" in result.stdout
+        assert "  suite quiz " in result.stdout
+        assert ("champion" in result.stderr) == (not place)
+        about = json.loads(spin("show", f"{run.root}{place}", "--json", expect=4).stdout)
+        assert [("problem" in each) for each in about["artifacts"]][-2:] == [True, True]
+
+    @pytest.mark.parametrize("name", ["train-00000.parquet", "manifest.json"])
+    def test_rows_are_shown_without_prompts_that_are_damaged(
+        self, run: RunLayout, name: str
+    ) -> None:
+        file = run.data / name
         file.write_bytes(file.read_bytes()[:-9])
+        result = spin("show", f"{run.root}:0", "--pairs", expect=4)
+        assert f"data/{name} " in result.stderr
+        assert "what leads to them is damaged" in result.stdout
+        assert "not in this run" not in result.stdout
+        assert "right 0" in result.stdout
+
+    def test_prompts_of_other_bytes_are_no_prompts(self, run: RunLayout) -> None:
+        file = run.data / "train-00000.parquet"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
         result = spin("show", run.stage(0, "pair"), expect=4)
         assert "train-00000.parquet is damaged" in result.stderr
 
