@@ -1,11 +1,13 @@
 """How a command ends: one line on stderr and the exit code that cron relies on."""
 
 import errno
+import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -14,6 +16,8 @@ from stages.errors import ConfigError, NoSpaceError, SpinError
 
 BUG = 1
 INTERRUPTED = 130
+UNREAD = 141
+"""Whoever read our output has ended, as `head` does; a shell's code for SIGPIPE."""
 TERMINATED = 143
 _KEPT = "what was finished is kept: run the same command again to go on"
 
@@ -29,8 +33,38 @@ class TerminatedError(SystemExit):
 def reported() -> Iterator[None]:
     """End the command on an error: tell it in one line, and exit with its code.
 
-    A traceback is for our own bugs, or for `--verbose`.
+    A traceback is for our own bugs, or for `--verbose`. Where nobody reads on, as after `| head`,
+    it ends without a word.
     """
+    try:
+        with _told():
+            yield
+    except BrokenPipeError:
+        end_unread()
+        raise typer.Exit(UNREAD) from None
+
+
+def end_unread() -> None:
+    """Let what is still to be written go nowhere, so that the interpreter ends quietly."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if _is_unread(stream):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Tell whether the other end of a pipe is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are told unasked
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no file at all
+        return False
+
+
+@contextmanager
+def _told() -> Iterator[None]:
     try:
         yield
     except SpinError as error:
@@ -45,12 +79,14 @@ def reported() -> Iterator[None]:
         say(f"spin: terminated; {_KEPT}")
         raise
     except Exception as error:
-        if _is_typers(error, "UsageError") and not _is_typers(error, "NoArgsIsHelpError"):
+        if _is_typers(error, "NoArgsIsHelpError"):
+            _put_help(error)
+        if _is_typers(error, "UsageError"):
             say(_usage_line(error))
             raise typer.Exit(ConfigError.exit_code) from None
-        if _is_typers(error, "ClickException", "Exit", "Abort") or isinstance(
-            error, BrokenPipeError
-        ):
+        if _is_typers(error, "ClickException", "Exit", "Abort"):
+            raise
+        if isinstance(error, BrokenPipeError) and any(map(_is_unread, (sys.stdout, sys.stderr))):
             raise
         _end_unexpected(error)
 
@@ -78,6 +114,12 @@ def _end_unexpected(error: Exception) -> None:
 def _is_typers(error: Exception, *names: str) -> bool:
     """Tell whether an exception is one of Typer's own, which it does not name in public."""
     return any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def _put_help(error: Any) -> NoReturn:
+    """End a command that was called without a word with its help."""
+    error.show()
+    raise typer.Exit(error.exit_code) from None
 
 
 def _usage_line(error: Any) -> str:
