@@ -6,7 +6,7 @@ It reads manifests, metrics and tables, recomputes nothing, and works on a run i
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artifacts.files import write_durably
+from stages.artifacts.files import make_folder, write_durably, writing
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.errors import ConfigError
 from stages.reporting.collect import collect
@@ -39,6 +39,8 @@ def write_report(run: Path, out: Path) -> Written:
     _check_place(out)
     view = collect(run)
     html = render(view)
+    with writing(out):
+        make_folder(out.parent)
     write_durably(out, html)
     return Written(out, len(html.encode()), len(view.iterations), view.problems)
 
