@@ -127,7 +127,7 @@ def make(
     tokens: int = 0,
     with_steps: bool = False,
 ) -> None:
-    """Make one artifact of an iteration."""
+    """Make one artifact of an iteration; `pool-N` is what a member of the pool answers."""
 
     def fill(space: Workspace) -> Outcome:
         for name, value in (files or {"config.json": {}}).items():
@@ -139,8 +139,10 @@ def make(
             peak_memory_bytes=1_000_000,
         )  # fmt: skip
 
-    plan = Plan(stage, 1, config or {"seed": 0}, refs, {})
-    produce(layout.stage(iteration, stage), plan, fill)
+    name, dash, member = stage.partition("-")
+    out = layout.pool(iteration, int(member)) if dash else layout.stage(iteration, stage)
+    made_by = "generate" if name == "pool" else stage
+    produce(out, Plan(made_by, 1, config or {"seed": 0}, refs, {}), fill)
 
 
 def write_steps(path: Path, iteration: int) -> None:

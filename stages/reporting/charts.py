@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stages.artifacts.keys import sha256_text
 from stages.reporting import numbers
-from stages.reporting.flow import Flow
+from stages.reporting.flow import Flow, Level
 
 WIDTH = 340
 """Units of a panel, which are pixels on a narrow screen."""
@@ -323,8 +323,13 @@ _FLOW_WIDTH, _LEFT = 190, 4
 
 
 def _flow_height(flow: Flow) -> int:
-    between = sum(_GAP + _LANE * len(level.drops) for level in flow.levels[:-1])
+    between = sum(_gap(level) for level in flow.levels[:-1])
     return between + (_BAR + _TITLE) * len(flow.levels) + 6
+
+
+def _gap(level: Level) -> int:
+    """Return the room below a level: a lane for all that leaves or comes in, and for a remark."""
+    return _GAP + _LANE * (len(level.drops) + len(level.gains) + bool(level.becomes))
 
 
 def _flow(axes: Axes, flow: Flow, height: int) -> None:
@@ -345,7 +350,7 @@ def _flow(axes: Axes, flow: Flow, height: int) -> None:
         _rectangle(axes, _LEFT, top, width, _BAR, "accent", 0.85)
         top += _BAR
         if i + 1 < len(flow.levels):
-            gap = _GAP + _LANE * len(level.drops)
+            gap = _gap(level)
             _band_to(axes, flow, i, top, gap, scale)
             top += gap
 
@@ -355,14 +360,29 @@ def _band_to(axes: Axes, flow: Flow, i: int, top: float, gap: float, scale: floa
     level, following = flow.levels[i], flow.levels[i + 1]
     kept = level.count - sum(drop.count for drop in level.drops)
     below = top + gap + _TITLE
-    _band(axes, (_LEFT, kept * scale), (_LEFT, following.count * scale), top, below, "accent")
-    right = _LEFT + level.count * scale
-    for lane, drop in enumerate(level.drops):
+    gained = sum(gain.count for gain in level.gains)
+    passed = (following.count - gained) * scale
+    role = "muted" if level.becomes else "accent"
+    _band(axes, (_LEFT, kept * scale), (_LEFT, passed), top, below, role)
+    text_x = _LEFT + _FLOW_WIDTH + 10
+    if level.becomes:
+        axes.text(text_x, top + 18, printable(level.becomes, 20), color=_MARKS["muted"])
+    left, right = _LEFT + passed, _LEFT + level.count * scale
+    for lane, gain in enumerate(level.gains, bool(level.becomes)):
+        width = gain.count * scale
+        start = top + 13 + _LANE * lane
+        _rectangle(axes, left, start, max(width, 1.0), 3, "accent", 0.9)
+        _band(axes, (left, width), (left, width), start + 3, below, "accent")
+        axes.plot([left + width, text_x - 4], [start + 1.5] * 2, color=_MARKS["muted"],
+                  linewidth=0.7)  # fmt: skip
+        label = f"+ {printable(gain.name, 12)} {gain.count:,}"
+        axes.text(text_x, start + 5, label, color=_MARKS["text"])
+        left += width
+    for lane, drop in enumerate(level.drops, len(level.gains) + bool(level.becomes)):
         width = drop.count * scale
         end = top + 13 + _LANE * lane
         _band(axes, (right - width, width), (right - width, width), top, end, "muted")
         _rectangle(axes, right - width, end, max(width, 1.0), 3, "muted", 0.9)
-        text_x = _LEFT + _FLOW_WIDTH + 10
         axes.plot([right, text_x - 4], [end + 1.5] * 2, color=_MARKS["muted"], linewidth=0.7)
         label = f"{printable(drop.reason, 14)} {drop.count:,}"
         axes.text(text_x, end + 5, label, color=_MARKS["text"])

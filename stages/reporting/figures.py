@@ -435,7 +435,8 @@ def flows(view: RunView) -> Group | None:
     rows = []
     for t, each in found.items():
         for level in each.levels:
-            rows.append((f"{t}, {level.name}", f"{level.count:,}", ""))
+            rows.append((f"{t}, {level.name}", f"{level.count:,}", level.becomes))
+            rows += [(f"{t}, added: {gain.name}", f"{gain.count:,}", "") for gain in level.gains]
             rows += [
                 (f"{t}, left out: {drop.reason}", f"{drop.count:,}",
                  f"{drop.count / level.count:.1%}" if level.count else "")
@@ -448,7 +449,9 @@ def flows(view: RunView) -> Group | None:
 def _flow_words(index: int, found: Flow) -> str:
     levels = ", ".join(f"{level.count:,} {level.name}" for level in found.levels)
     drops = ", ".join(f"{drop.count:,} {drop.reason}" for _, drop in found.drops())
-    return f"Iteration {index}: {levels}. Left out: {drops or 'nothing'}."
+    gains = ", ".join(f"{gain.count:,} {gain.name}" for gain in found.gains())
+    added = f" Added: {gains}." if gains else ""
+    return f"Iteration {index}: {levels}. Left out: {drops or 'nothing'}.{added}"
 
 
 # -- Costs ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from stages.reporting import numbers
 from stages.reporting.charts import ROLES, Bars, Drawer, Line, Lines, draw
 from stages.reporting.collect import collect
 from stages.reporting.costs import costs
-from stages.reporting.flow import flow
+from stages.reporting.flow import Flow, flow
 from stages.reporting.headline import headline
 from stages.reporting.page import TEMPLATES, printable_page, render
 from stages.reporting.settings import changes
@@ -214,11 +215,72 @@ def test_the_flow_goes_from_prompts_to_pairs_and_loses_no_row(made: RunLayout) -
         ("prompts", 80), ("prompts drawn", 40), ("answers", 40), ("candidate pairs", 40),
         ("pairs", 12), ("trained on", 12),
     ]  # fmt: skip
-    for above, below in zip(found.levels, found.levels[1:], strict=False):
-        assert above.count - sum(drop.count for drop in above.drops) == below.count
+    check_adds_up(found)
     assert [(d.reason, d.count) for _, d in found.drops()] == [
         ("not drawn", 40), ("identical", 27), ("cut off", 1),
     ]  # fmt: skip
+
+
+def check_adds_up(found: Flow) -> None:
+    """Every row goes on, or has a reason, but where other things are counted."""
+    for above, below in itertools.pairwise(found.levels):
+        rest = above.count - sum(drop.count for drop in above.drops)
+        rest += sum(gain.count for gain in above.gains)
+        assert above.becomes or rest == below.count, (above, below)
+
+
+def test_the_flow_of_a_pool_with_replay_adds_up(tmp_path: Path) -> None:
+    layout, base = write_run(tmp_path / "run", 0), {"model": made_runs.outside("base")}
+    data = {"data": made_runs.ref(layout, layout.data)}
+    both = {"train_prompts": 80, "drawn": 40}
+    make = partial(made_runs.make, layout, 0)
+    make("generate", data | base, counts=both | {
+        "in_part": 32, "prompts": 30, "dropped_too_long": 2, "rows": 60,
+    })  # fmt: skip
+    found = flow(collect(layout.root).iterations[0])
+    assert found is not None
+    check_adds_up(found)
+    assert ("not answered", 8) in {(drop.reason, drop.count) for _, drop in found.drops()}
+    make("pool-1", data | base, counts=both | {
+        "in_part": 8, "prompts": 7, "dropped_too_long": 1, "rows": 14,
+    })  # fmt: skip
+    report_of_it = made_runs.pair_report() | {"replay_candidates": 20}
+    make("pair", data | made_runs.inputs(layout, 0, generations="generate"), counts={
+        "candidates": 94, "pairs": 60, "dropped_identical": 30, "dropped_replay_share": 4,
+    }, files={"report.json": report_of_it})  # fmt: skip
+    make("train", base, counts={"pairs": 59, "dropped_too_long": 1})
+    found = flow(collect(layout.root).iterations[0])
+    assert found is not None
+    check_adds_up(found)
+    assert [(level.name, level.count, level.becomes) for level in found.levels] == [
+        ("prompts", 80, ""), ("prompts drawn", 40, ""), ("prompts asked", 37, "2 answers each"),
+        ("answers", 74, ""), ("candidate pairs", 74, ""), ("with replayed pairs", 94, ""),
+        ("pairs", 60, ""), ("trained on", 59, ""),
+    ]  # fmt: skip
+    assert [(drop.reason, drop.count) for _, drop in found.drops()] == [
+        ("not drawn", 40), ("too long", 3), ("identical", 30), ("replay share", 4), ("too long", 1),
+    ]  # fmt: skip
+    assert [(gain.name, gain.count) for gain in found.gains()] == [("replayed", 20)]
+    html = report(layout).html
+    assert "Added: 20 replayed." in html
+    assert "0, added: replayed" in html
+
+
+def test_the_flow_says_where_answers_are_paired_by_rank(tmp_path: Path) -> None:
+    layout, base = write_run(tmp_path / "run", 0), {"model": made_runs.outside("base")}
+    counts = {"drawn": 10, "prompts": 10, "rows": 40}
+    made_runs.make(layout, 0, "generate", base, counts=counts)
+    config = {"pair": {"policy": "best_vs_worst"}}
+    counts = {"candidates": 30, "pairs": 10, "dropped_surplus": 18, "dropped_tie": 2}
+    made_runs.make(layout, 0, "pair", base, counts=counts, config=config)
+    found = flow(collect(layout.root).iterations[0])
+    assert found is not None
+    check_adds_up(found)
+    assert [(level.name, level.count, level.becomes) for level in found.levels] == [
+        ("prompts drawn", 10, "4 answers each"), ("answers", 40, "paired by rank"),
+        ("candidate pairs", 30, ""), ("pairs", 10, ""),
+    ]  # fmt: skip
+    report(layout)
 
 
 def test_the_flow_ends_where_the_run_stands(tmp_path: Path) -> None:
@@ -283,8 +345,8 @@ def test_the_gates_verdict_is_shown_as_a_tree(run: RunLayout) -> None:
     assert "Passed: Any of these" in text
     assert "Passed: Better it is better" in text
     assert "Failed: At least it is too low" in text
-    assert "gain +15.0 points 95% interval +5.0 to +25.0 points p 0.0123" in text
-    assert "gain +15.0 points 95% bounds +5.0 to +25.0 points p 0.0123" in text
+    assert "gain +15.0 points 95% interval +5.0 to +25.0 points one-sided p 0.0123" in text
+    assert "gain +15.0 points 95% bounds +5.0 to +25.0 points one-sided p 0.0123" in text
 
 
 @pytest.mark.parametrize(
