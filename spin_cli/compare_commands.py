@@ -117,7 +117,7 @@ def _put_differences(table: "SuiteTable") -> None:
             one.metric,
             letter(one.model),
             _signed(one.paired.gain),
-            f"[{_signed(one.paired.low)}, {_signed(one.paired.high)}]",
+            _ends(one.paired.low, one.paired.high),
             one.verdict,
         ]
         for one in sorted(table.differences, key=lambda one: _place(one, table))
@@ -170,6 +170,10 @@ def _number(value: float) -> str:
 def _signed(value: float) -> str:
     text = _number(value)
     return text if text.startswith("-") else f"+{text}"
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    return MISSING if low is None or high is None else f"[{_signed(low)}, {_signed(high)}]"
 
 
 def add_to(app: typer.Typer) -> None:

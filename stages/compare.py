@@ -9,33 +9,34 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stages.artifacts import Artifact, Manifest, open_artifact
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import read_pointer
+from stages.config.suites import MAIN_EVALUATION
+from stages.data.alike import OF_BETA, draws, share_beta, way
 from stages.data.measures import INTERVALS_FILE, METRICS_FILE, Column, read_measures
 from stages.data.paired import Paired
 from stages.data.paired import compare as compare_columns
 from stages.errors import InputError
 from stages.layout import RunLayout
 from stages.lineage import flat
-from stages.subjects import Subject, find_subject
+from stages.subjects import START, find_subject
 
-EVALUATION = "evaluate"
+EVALUATION = MAIN_EVALUATION
 """What the main evaluation is called among the suites."""
-START = ":start"
-_OWN_INPUTS = ("model", "answers", "judged", "opponent", "opponent_evaluation", "against")
-"""Inputs that are another model's own, or are looked at on their own."""
 _BETTER_HIGHER = re.compile(
-    r"accuracy|win_rate|^score|^pass@|^majority@|(^|\.)(acc|exact_match|f1|mc[12]|mcc|bleu|rouge)(_|\.|\d|$)"
+    r"^(\w+_)?accuracy$|^(length_controlled_)?win_rate(_|$)|^score(_|$)|^pass@|^majority@"
     r"|^mean_reward$|^human_logprob_per_token$|^sampled_gain$"
 )
-_BETTER_LOWER = re.compile(
-    r"^(sampled_|greedy_)?(cut_off|empty|unscored|unasked)_share$"
-    r"|(^|\.)(\w*perplexity|bits_per_byte)(\.|$)"
+_BETTER_LOWER = re.compile(r"^(sampled_|greedy_)?(cut_off|empty|unscored|unasked)_share$")
+_TASK_BETTER_HIGHER = re.compile(
+    r"^(acc(_norm|_bytes|_mutual_info)?|exact_match|em|f1|mc[12]|mcc|bleu|chrf|rouge\w*|average)$"
 )
+"""Of lm-evaluation-harness: the metric's own name, for tasks are called anything."""
+_TASK_BETTER_LOWER = re.compile(r"^(\w*perplexity|bits_per_byte|brier_score|ter)$")
 _OF_THE_GAME = re.compile(r"^(heldout|opponent)_")
 """Metrics that say how two players stand to each other, and nothing of either's quality."""
 _OF_BOTH_SIDES = re.compile(
@@ -43,6 +44,8 @@ _OF_BOTH_SIDES = re.compile(
     r"|^sampled_gain$"
 )
 """Metrics that depend on whom a model was compared with."""
+Rise = Literal["better", "worse", "higher"]
+_OPPOSITE = {"better": "worse", "worse": "better", "higher": "lower"}
 _log = logging.getLogger("spin")
 
 
@@ -62,7 +65,7 @@ class Value:
 
     value: float | None
     low: float | None
-    """Of the 95% interval; None where the metric is no mean over examples."""
+    """Of the 95% interval; None where the metric is no mean over examples, or all agree."""
     high: float | None
     examples: int | None
 
@@ -84,8 +87,9 @@ class Difference:
     p_value: float
     """Two-sided, of no difference."""
     verdict: str
-    """`better`, `worse`; `higher`, `lower` of metrics that are neither; `open` where the interval
-    holds 0; `same` where no example differs."""
+    """`better`, `worse`; `higher`, `lower` of metrics that are neither; `open` where there is no
+    interval, it holds 0, or the p value does not rule out chance; `same` where no example
+    differs."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -200,8 +204,8 @@ def models_of(names: Sequence[str]) -> list[Model]:
 
 
 def _whole_run(name: str) -> list[Model]:
-    subject = _find(name)
-    if subject is None or subject.kind != "run" or subject.layout is None:
+    subject = find_subject(name)
+    if subject.kind != "run" or subject.layout is None:
         raise InputError(f"{name} is one model; name two or more, or a run for all its iterations")
     layout = subject.layout
     numbers = [None, *layout.iterations()]
@@ -213,29 +217,21 @@ def _whole_run(name: str) -> list[Model]:
 
 
 def _numbered(iteration: int | None) -> str:
-    return START[1:] if iteration is None else str(iteration)
-
-
-def _find(name: str) -> Subject | None:
-    """Return what a name means; None for the start of a run."""
-    run = name.removesuffix(START)
-    return None if run != name and RunLayout(Path(run)).record.is_file() else find_subject(name)
+    return START if iteration is None else str(iteration)
 
 
 def _model(name: str) -> Model:
-    subject = _find(name)
-    if subject is None:
-        return _of_iteration(name, RunLayout(Path(name.removesuffix(START))), None)
+    subject = find_subject(name)
     if subject.artifact is not None:
         return _of_artifact(name, subject.artifact, subject.layout)
     layout = subject.layout
     assert layout is not None, "runs and iterations have a layout"
-    if subject.iteration is not None:
+    if subject.kind == "iteration":
         return _of_iteration(name, layout, subject.iteration)
     pointer = read_pointer(layout.champion)
     if pointer is None:
         raise InputError(
-            f"{name} has no champion yet; name an iteration ({name}:0), or {name}{START}"
+            f"{name} has no champion yet; name an iteration ({name}:0), or {name}:{START}"
         )
     return _of_iteration(name, layout, layout.iteration_of(pointer.path))
 
@@ -310,11 +306,11 @@ def _table(
     for index in others:
         names = f"{models[base].name} and {models[index].name}"
         _check_alike(suite, names, opened[base], opened[index], warnings, mixed=mixed)
-        same_rival = _same_rival(opened[base].artifact, opened[index].artifact)
+        both = (opened[base].artifact.manifest, opened[index].artifact.manifest)
         for metric in opened[index].columns:
             if metric not in opened[base].columns:
                 continue
-            why = _why_unpaired(metric, same_rival=same_rival)
+            why = _why_unpaired(metric, *both)
             found = None if why else _difference(metric, index, base, opened)
             if found is not None:
                 differences.append(found)
@@ -333,36 +329,66 @@ def _difference(
     if found is None or reverse is None:
         return None
     p_value = min(1.0, 2 * min(found.p_value, reverse.p_value))
-    return Difference(metric, model, base, found, p_value, verdict(metric, found))
+    rise = meaning_of_a_rise(metric, opened[model].artifact.manifest.config)
+    return Difference(metric, model, base, found, p_value, verdict(found, p_value, rise))
 
 
-def verdict(metric: str, found: Paired) -> str:
-    """Return what a difference means; see `Difference.verdict`."""
+def verdict(found: Paired, p_value: float, rise: Rise) -> str:
+    """Return what a difference means; see `Difference.verdict`.
+
+    Args:
+        p_value: two-sided.
+        rise: what a higher value means.
+    """
     if found.wins == found.losses == 0:
         return "same"
-    if found.low <= 0 <= found.high:
+    if found.low is None or found.high is None or found.low <= 0 <= found.high:
         return "open"
-    rises = found.low > 0
-    if _OF_THE_GAME.search(metric) is None:
-        if _BETTER_HIGHER.search(metric):
-            return "better" if rises else "worse"
-        if _BETTER_LOWER.search(metric):
-            return "worse" if rises else "better"
-    return "higher" if rises else "lower"
+    if p_value > 1 - found.confidence:
+        return "open"
+    return rise if found.low > 0 else _OPPOSITE[rise]
 
 
-def _same_rival(one: Artifact, other: Artifact) -> bool:
+def meaning_of_a_rise(metric: str, config: Mapping[str, Any]) -> Rise:
+    """Return whether a higher value of a metric is better, worse, or just higher.
+
+    Args:
+        config: of the evaluation's manifest: of one by lm-evaluation-harness metrics are called
+            TASK.METRIC or TASK.METRIC.FILTER, and METRIC alone tells.
+    """
+    higher, lower, name = _BETTER_HIGHER, _BETTER_LOWER, metric
+    if config.get("kind") == "lm_eval":
+        higher, lower = _TASK_BETTER_HIGHER, _TASK_BETTER_LOWER
+        name = _without_task(metric, config).partition(".")[0]
+    elif _OF_THE_GAME.search(metric):
+        return "higher"
+    if higher.search(name):
+        return "better"
+    return "worse" if lower.search(name) else "higher"
+
+
+def _without_task(metric: str, config: Mapping[str, Any]) -> str:
+    """Return METRIC[.FILTER]: what stands after the longest task there is, which may have dots."""
+    known = {*config.get("tasks", ()), *config.get("asked", ())}
+    starts = [task for task in known if metric.startswith(f"{task}.")]
+    task = max(starts, key=len, default=metric.partition(".")[0])
+    return metric.removeprefix(f"{task}.")
+
+
+def _same_rival(one: Manifest, other: Manifest) -> bool:
     """Tell whether both were compared with the same model, if with any."""
     rivals = [
-        [ref and ref.key for ref in map(a.manifest.inputs.get, ("opponent", "against"))]
-        for a in (one, other)
+        [ref and ref.key for ref in map(each.inputs.get, ("opponent", "against"))]
+        for each in (one, other)
     ]
     return rivals[0] == rivals[1]
 
 
-def _why_unpaired(metric: str, *, same_rival: bool) -> str | None:
-    if not same_rival and _OF_BOTH_SIDES.search(metric):
+def _why_unpaired(metric: str, one: Manifest, other: Manifest) -> str | None:
+    if _OF_BOTH_SIDES.search(metric) and not _same_rival(one, other):
         return "each was compared with another model"
+    if metric in OF_BETA and not share_beta(one, other):
+        return "each has a train.beta of its own, which is its unit"
     return None
 
 
@@ -380,12 +406,19 @@ def _check_alike(
     Raises:
         InputError: they were not, and `mixed` is off.
     """
-    differing = _ways(base.artifact.manifest, other.artifact.manifest)
+    manifests = base.artifact.manifest, other.artifact.manifest
+    differing = _differing(*(way(each) for each in manifests))
     what = f"{suite}: {names} were evaluated in different ways ({'; '.join(differing[:6])})"
     if differing and not mixed:
         raise InputError(f"{what}; evaluate them alike, or add --mixed to compare all the same")
     if differing:
         warnings.append(what)
+    drawn = _differing(*(draws(each) for each in manifests))
+    if drawn:
+        warnings.append(
+            f"{suite}: answers of {names} were drawn differently ({'; '.join(drawn)}), so that "
+            "differences hold the luck of draws, too"
+        )
     prints = [one.artifact.manifest.fingerprints for one in (base, other)]
     if prints[0].get("tokenizer") != prints[1].get("tokenizer"):
         warnings.append(
@@ -394,28 +427,14 @@ def _check_alike(
         )
 
 
-def _ways(base: Manifest, other: Manifest) -> list[str]:
-    """Return how the ways of two evaluations differ: settings, data, who judged."""
-    ways = [_way(base), _way(other)]
-    names = sorted(ways[0].keys() | ways[1].keys())
-    found = []
-    for name in names:
-        values = [way.get(name, "absent") for way in ways]
-        # The start has no opponent, and so no use for it.
-        if values[0] != values[1] and not (name == "beta" and None in values):
-            found.append(f"{name}: {_short(values[0])} and {_short(values[1])}")
-    return found
-
-
-def _way(manifest: Manifest) -> dict[str, Any]:
-    judges = {name: manifest.info.get(name) for name in ("judge", "reference")}
-    inputs = {name: ref.key for name, ref in manifest.inputs.items() if name not in _OWN_INPUTS}
-    return {
-        "format_version": manifest.format_version,
-        **flat(manifest.config),
-        **{name: value for name, value in judges.items() if value is not None},
-        **inputs,
-    }
+def _differing(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return in words in which settings two trees of them differ."""
+    leaves = flat(base), flat(other)
+    return [
+        f"{name}: {_short(values[0])} and {_short(values[1])}"
+        for name in sorted(leaves[0].keys() | leaves[1].keys())
+        if (values := [each.get(name, "absent") for each in leaves])[0] != values[1]
+    ]
 
 
 def _short(value: object) -> str:

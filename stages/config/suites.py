@@ -26,6 +26,13 @@ LM_EVAL_ARGUMENTS = {
        "tensor_parallel_size", "truncation_side"},
 }  # fmt: skip
 """Arguments of lm-evaluation-harness's model classes that name no file, no model and no code."""
+OF_WINS = (
+    "win_rate", "length_controlled_win_rate", "tie_share", "identical_share", "mean_characters",
+    "other_mean_characters",
+)  # fmt: skip
+"""What is measured where one answer was preferred to another, whoever preferred it."""
+MAIN_EVALUATION = "evaluate"
+"""What the run's own evaluation is called beside its suites."""
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -142,6 +149,17 @@ class WinRateSuiteConfig(_Suite):
     """A judge sees each pair in both orders, and the two verdicts are averaged."""
     max_prompts: Count | None = None
 
+    def metrics(self, reward: RewardConfig) -> list[str]:
+        """Return all that it measures; it is not asked before an iteration is trained.
+
+        Args:
+            reward: the run's.
+        """
+        is_judge = (self.reward or reward).name == "judge"
+        if is_judge:
+            return [*OF_WINS, "prompts", *(["position_flip_share"] if self.swap else [])]
+        return [*OF_WINS, "prompts", "mean_reward", "other_mean_reward"]
+
 
 class MtBenchSuiteConfig(_Suite, SamplingConfig):
     """MT-Bench's two-turn questions, answered for its judge, whose verdicts are read back."""
@@ -185,6 +203,10 @@ def _check_names(suites: dict[str, Any]) -> dict[str, Any]:
     for name in suites:
         if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()):
             raise ValueError(f"{name!r} is no name of a suite; use letters, digits, - and _")
+        if name == MAIN_EVALUATION:
+            raise ValueError(
+                f"{name!r} is the run's own evaluation and no name of a suite; give it another"
+            )
     return suites
 
 

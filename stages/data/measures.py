@@ -1,8 +1,9 @@
 """What an evaluation measured on each example: the table that gates and comparisons read.
 
 Every evaluation holds `measures.parquet` (see rows.MEASURES), `metrics.json` (metric → value) and
-`intervals.json` (metric → [low, high], 95%). A metric that is the mean of its measures, weighted,
-stands in all three; one that is no mean over examples only in metrics.json.
+`intervals.json` (metric → [low, high], 95%; nulls where examples that all agree tell of none). A
+metric that is the mean of its measures, weighted, stands in all three; one that is no mean over
+examples only in metrics.json.
 """
 
 import json
@@ -16,7 +17,7 @@ import numpy as np
 
 from stages.artifacts import Artifact, TableWriter, Workspace, read_rows
 from stages.data.rows import MEASURES
-from stages.data.statistics import Floats, interval
+from stages.data.statistics import Floats, intervals
 
 MEASURES_FILE = "measures.parquet"
 METRICS_FILE = "metrics.json"
@@ -60,11 +61,12 @@ def write_measures(
         table.extend(vars(measure) for measure in found)
     columns = _columns(found)
     metrics = {name: column.mean() for name, column in columns.items()} | dict(others)
-    intervals = {name: interval(c.values, c.weights) for name, c in columns.items()}
+    ends = intervals([(column.values, column.weights) for column in columns.values()])
+    told = {name: found or (None, None) for name, found in zip(columns, ends, strict=True)}
     _write(space.file(METRICS_FILE), {name: _finite(value) for name, value in metrics.items()})
     _write(
         space.file(INTERVALS_FILE),
-        {name: [_finite(low), _finite(high)] for name, (low, high) in intervals.items()},
+        {name: [_finite(low), _finite(high)] for name, (low, high) in told.items()},
     )
     return metrics
 

@@ -8,6 +8,7 @@ import numpy as np
 from stages.data.measures import Column
 from stages.data.statistics import (
     Floats,
+    linearized,
     mcnemar,
     mean,
     score_interval,
@@ -27,9 +28,10 @@ class Paired:
     """The player's metric, on the examples that both have."""
     rival_value: float
     gain: float
-    low: float
-    """Of the two-sided interval of the gain."""
-    high: float
+    low: float | None
+    """Of the two-sided interval of the gain; None where so few examples, which all agree, tell of
+    none."""
+    high: float | None
     confidence: float
     """Of the interval."""
     p_value: float
@@ -95,11 +97,16 @@ def compare(
     )
 
 
-def lower_bound(column: Column, confidence: float = 0.95) -> float:
-    """Return the one-sided lower bound of a column's mean: mid-p binomial, or the bootstrap's."""
+def lower_bound(column: Column, confidence: float = 0.95) -> float | None:
+    """Return the one-sided lower bound of a column's mean: mid-p binomial, or the bootstrap's.
+
+    Values that all agree are their own bound from so many examples on that a sign test would rule
+    out less (five at 95%); None with fewer.
+    """
     if _are_right_or_wrong(column, column):
         return share_bound(int(column.values.sum()), len(column.values), confidence)
-    return studentized(_parts(column)).interval(2 * confidence - 1)[0]
+    found = studentized(linearized(column.values, column.weights)).interval(2 * confidence - 1)
+    return None if found is None else found[0]
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def _test(
     losses: int,
     above: float,
     confidence: float,
-) -> tuple[Method, float, float, float]:
+) -> tuple[Method, float, float | None, float | None]:
     """Return method, p value and interval."""
     if _are_right_or_wrong(player, rival):
         count = len(player.values)
@@ -143,8 +150,8 @@ def _test(
             return "mcnemar", 1.0 if above > 0 else 0.0, low, high
         return "mcnemar", score_p_value(wins, losses, count, above), low, high
     found = studentized(_gains(player, rival, sign))
-    low, high = found.interval(confidence)
-    return "bootstrap", found.p_value(above), low, high
+    ends = found.interval(confidence) or (None, None)
+    return "bootstrap", found.p_value(above), *ends
 
 
 def _are_right_or_wrong(player: Column, rival: Column) -> bool:
@@ -155,15 +162,6 @@ def _are_right_or_wrong(player: Column, rival: Column) -> bool:
 
 def _gains(player: Column, rival: Column, sign: float) -> Floats:
     """Return each example's part in the gain, of which the gain is the plain mean."""
-    gains: Floats = sign * (_parts(player) - _parts(rival))
+    mine, theirs = (linearized(each.values, each.weights) for each in (player, rival))
+    gains: Floats = sign * (mine - theirs)
     return gains
-
-
-def _parts(column: Column) -> Floats:
-    """Return numbers whose mean is the column's mean, and whose spread is that mean's error.
-
-    Equally weighted they are the values themselves, otherwise the linearization of the quotient.
-    """
-    centre = mean(column.values, column.weights)
-    parts: Floats = centre + column.weights / column.weights.mean() * (column.values - centre)
-    return parts

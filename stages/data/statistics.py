@@ -5,7 +5,8 @@ measured by bench/gates.py.
 """
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -18,6 +19,7 @@ BOOTSTRAPPED = 5_000
 _CHUNK = 2_000_000  # numbers drawn at once: 16 MB
 
 Floats = NDArray[np.float64]
+Interval = tuple[float, float]
 
 
 def mean(values: Floats, weights: Floats) -> float:
@@ -25,49 +27,72 @@ def mean(values: Floats, weights: Floats) -> float:
     return float(np.dot(values, weights) / weights.sum())
 
 
-def interval(values: Floats, weights: Floats, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the two-sided confidence interval of a weighted mean over examples.
+def linearized(values: Floats, weights: Floats) -> Floats:
+    """Return numbers whose plain mean is the weighted mean, and whose spread is its error.
 
-    Equally weighted zeros and ones have Wilson's interval; other values the bootstrap's percentiles
-    over examples, always the same resamples, or above BOOTSTRAPPED examples the normal one.
+    Equally weighted they are the values themselves, otherwise the linearization of the quotient.
+    """
+    centre = mean(values, weights)
+    parts: Floats = centre + weights / weights.mean() * (values - centre)
+    return parts
+
+
+def interval(values: Floats, weights: Floats, confidence: float = 0.95) -> Interval | None:
+    """Return the two-sided confidence interval of a weighted mean over examples; see `intervals`.
 
     Args:
         values: of one example each, shape (examples,), at least one.
         weights: likewise, positive.
     """
-    assert len(values) == len(weights) > 0, "an interval needs examples"
-    if np.isin(values, (0.0, 1.0)).all() and (weights == weights[0]).all():
-        return wilson(int(values.sum()), len(values), confidence)
-    tail = (1 - confidence) / 2
-    if len(values) > BOOTSTRAPPED:
-        centre = mean(values, weights)
-        share = weights / weights.sum()
-        error = float(np.sqrt(np.square(share * (values - centre)).sum()))
-        width = NormalDist().inv_cdf(1 - tail) * error
-        return centre - width, centre + width
-    low, high = np.quantile(resampled_means(values, weights), (tail, 1 - tail))
-    return float(low), float(high)
+    (found,) = intervals([(values, weights)], confidence)
+    return found
 
 
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def intervals(
+    columns: Sequence[tuple[Floats, Floats]], confidence: float = 0.95
+) -> list[Interval | None]:
+    """Return the intervals of several means, those of equally many examples by the same resamples.
+
+    Equally weighted zeros and ones have Wilson's interval; other values that of `Studentized`, or
+    above BOOTSTRAPPED examples the normal one. None where values are not finite, or where all
+    agree: how far others may lie nobody can tell then.
+    """
+    found: list[Interval | None] = [None] * len(columns)
+    bootstrapped: dict[int, list[int]] = defaultdict(list)
+    for place, (values, weights) in enumerate(columns):
+        assert len(values) == len(weights) > 0, "an interval needs examples"
+        if np.isin(values, (0.0, 1.0)).all() and (weights == weights[0]).all():
+            found[place] = wilson(int(values.sum()), len(values), confidence)
+        elif not np.isfinite(values).all() or (values == values[0]).all():
+            continue
+        elif len(values) > BOOTSTRAPPED:
+            found[place] = _normal_interval(values, weights, confidence)
+        else:
+            bootstrapped[len(values)].append(place)
+    for places in bootstrapped.values():
+        sets = studentized_sets(np.stack([linearized(*columns[place]) for place in places]))
+        for place, one in zip(places, sets, strict=True):
+            found[place] = one.interval(confidence) if one.stderr else None
+    return found
+
+
+def _normal_interval(values: Floats, weights: Floats, confidence: float) -> Interval:
+    centre, share = mean(values, weights), weights / weights.sum()
+    error = float(np.sqrt(np.square(share * (values - centre)).sum()))
+    width = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    return centre - width, centre + width
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """Return Wilson's score interval of a share (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, scale = successes / trials, 1 + z * z / trials
     centre = (share + z * z / (2 * trials)) / scale
     width = z / scale * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5
-    return max(0.0, centre - width), min(1.0, centre + width)
-
-
-def resampled_means(values: Floats, weights: Floats, resamples: int = RESAMPLES) -> Floats:
-    """Return weighted means over examples drawn with replacement; the draws are always the same."""
-    rng = np.random.default_rng(len(values))
-    at_once = max(1, _CHUNK // len(values))
-    means = np.empty(resamples)
-    for start in range(0, resamples, at_once):
-        size = min(at_once, resamples - start)
-        drawn = rng.integers(0, len(values), (size, len(values)))
-        means[start : start + size] = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
-    return means
+    # none and all give 0 and 1 exactly, which rounding would miss by 2e-19
+    low = max(0.0, centre - width) if successes else 0.0
+    high = min(1.0, centre + width) if successes < trials else 1.0
+    return low, high
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -126,9 +151,7 @@ def score_p_value(wins: int, losses: int, examples: int, gain: float) -> float:
     return min(1.0, float(np.exp(chance[as_high]).sum()))
 
 
-def score_interval(
-    wins: int, losses: int, examples: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def score_interval(wins: int, losses: int, examples: int, confidence: float = 0.95) -> Interval:
     """Return the two-sided score interval of the difference of two paired shares (Tango 1998)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     low = _where_score_is(z, wins, losses, examples)
@@ -158,11 +181,16 @@ class Studentized:
         above = len(self.draws) - int(np.searchsorted(self.draws, seen, side="left"))
         return max((1 + above) / (1 + len(self.draws)), _student_tail(seen, self.examples - 1))
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the two-sided interval."""
-        if not self.stderr:
-            return self.mean, self.mean
+    def interval(self, confidence: float = 0.95) -> Interval | None:
+        """Return the two-sided interval: the gains that the p value does not rule out.
+
+        Where all examples agree that is their one value from so many examples on that the sign test
+        rules out all else (six at 95%); with fewer there is none.
+        """
         tail = (1 - confidence) / 2
+        if not self.stderr:
+            is_told = math.isfinite(self.mean) and 0.5**self.examples <= tail
+            return (self.mean, self.mean) if is_told else None
         low, high = np.quantile(self.draws, (tail, 1 - tail), method="inverted_cdf")
         student = _student_quantile(1 - tail, self.examples - 1)
         # of a few examples many resamples show no spread, and their t no bound: Student's is left

@@ -13,10 +13,18 @@ from spin_cli.app import app
 from stages.artifacts import Outcome, Plan, open_artifact, produce
 from stages.artifacts.keys import canonical_json
 from stages.artifacts.pointer import PointerEntry, move_pointer
-from stages.compare import EVALUATION, Comparison, Difference, compare, verdict
+from stages.compare import (
+    EVALUATION,
+    Comparison,
+    Difference,
+    compare,
+    meaning_of_a_rise,
+    verdict,
+)
 from stages.data.measures import Measure
 from stages.data.paired import Paired
 from stages.errors import InputError
+from stages.evidence import differences
 from stages.layout import RunLayout
 from tests.evaluations import column, make_evaluation, outside, prompt_id
 
@@ -122,10 +130,10 @@ def test_no_difference_is_found_where_there_is_only_noise(tmp_path: Path, seed: 
     assert difference.paired.high - difference.paired.low < 0.8  # what is hard is hard for both
 
 
-def paired(low: float, high: float, wins: int = 3) -> Paired:
+def paired(low: float | None, high: float | None, wins: int = 3) -> Paired:
     return Paired(
-        value=0, rival_value=0, gain=(low + high) / 2, low=low, high=high, confidence=0.95,
-        p_value=0.5, above=0, method="bootstrap", examples=9, wins=wins, losses=0, ties=9 - wins,
+        value=0, rival_value=0, gain=0.0, low=low, high=high, confidence=0.95,
+        p_value=0.0, above=0, method="bootstrap", examples=9, wins=wins, losses=0, ties=9 - wins,
         unmatched=0,
     )  # fmt: skip
 
@@ -138,20 +146,104 @@ def paired(low: float, high: float, wins: int = 3) -> Paired:
         ("pass@8", "better", "worse"),
         ("majority@4", "better", "worse"),
         ("score_turn_2", "better", "worse"),
-        ("arc_easy.acc_norm", "better", "worse"),
-        ("gsm8k.exact_match.strict-match", "better", "worse"),
         ("sampled_cut_off_share", "worse", "better"),
-        ("wikitext.word_perplexity", "worse", "better"),
         ("sampled_mean_tokens", "higher", "lower"),
         ("heldout_reward_accuracy", "higher", "lower"),
         ("opponent_accuracy", "higher", "lower"),
     ],
 )
 def test_what_a_difference_means(metric: str, rise: str, fall: str) -> None:
-    assert verdict(metric, paired(0.1, 0.2)) == rise
-    assert verdict(metric, paired(-0.2, -0.1)) == fall
-    assert verdict(metric, paired(-0.1, 0.2)) == "open"
-    assert verdict(metric, paired(0.0, 0.0, wins=0)) == "same"
+    means = meaning_of_a_rise(metric, {})
+    assert verdict(paired(0.1, 0.2), 0.01, means) == rise
+    assert verdict(paired(-0.2, -0.1), 0.01, means) == fall
+    assert verdict(paired(-0.1, 0.2), 0.01, means) == "open"
+    assert verdict(paired(0.1, 0.2), 0.06, means) == "open"  # on the edge the test can differ
+    assert verdict(paired(None, None), 1.0, means) == "open"
+    assert verdict(paired(0.0, 0.0, wins=0), 1.0, means) == "same"
+
+
+@pytest.mark.parametrize(
+    ("metric", "means"),
+    [
+        ("arc_easy.acc_norm", "better"),
+        ("gsm8k.exact_match.strict-match", "better"),
+        ("wikitext.word_perplexity", "worse"),
+        ("accuracy_bias.toxicity", "higher"),
+        ("acc_task.perplexity_rank", "higher"),
+        ("win_rate.bits_per_byte", "worse"),
+        ("score.toxicity.acc", "higher"),  # a filter called acc
+        ("my.acc.toxicity", "higher"),  # a task called my.acc
+        ("heldout_quiz.acc", "better"),
+        ("open_llm_leaderboard_v1.average", "better"),
+    ],
+)
+def test_of_a_task_the_metric_tells_which_way_is_better_and_not_its_name(
+    metric: str, means: str
+) -> None:
+    config = {"kind": "lm_eval", "tasks": ["my", "my.acc"], "asked": {"arc_easy": {}}}
+    assert meaning_of_a_rise(metric, config) == means
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3, 5, 6])
+def test_few_examples_that_all_agree_are_no_proof(tmp_path: Path, examples: int) -> None:
+    for name, value in (("a", 0.5), ("b", 0.75)):
+        make_evaluation(tmp_path / name, name, column("sampled_accuracy", [value] * examples))
+    [difference] = only(compare([str(tmp_path / "a"), str(tmp_path / "b")]))
+    is_proof = examples == 6
+    assert difference.verdict == ("better" if is_proof else "open")
+    assert (difference.p_value <= 0.05) is (difference.paired.low is not None) is is_proof
+    json.dumps(difference.to_json(), allow_nan=False)
+    code, out = spin("compare", tmp_path / "a", tmp_path / "b")
+    assert (code, "nan" in out) == (0, False)
+
+
+def test_another_beta_leaves_out_only_what_is_told_in_its_unit(tmp_path: Path) -> None:
+    """Gates accept two iterations with betas of their own, and so does a comparison."""
+    for name, beta in (("a", 0.1), ("b", 5.0)):
+        measures = [*column("sampled_accuracy", RIGHT), *column("heldout_reward_accuracy", MORE)]
+        make_evaluation(
+            tmp_path / name, name, measures + column("heldout_reward_margin", RIGHT),
+            config={"seed": 0, "beta": beta}, inputs={"opponent": outside("rival")},
+        )  # fmt: skip
+    places = [tmp_path / "a", tmp_path / "b"]
+    assert differences(*map(open_artifact, places)) == []
+    [table] = compare(list(map(str, places))).suites
+    compared = [one.metric for one in table.differences]
+    assert compared == ["sampled_accuracy", "heldout_reward_accuracy"]
+    assert [one["metric"] for one in table.unpaired] == ["heldout_reward_margin"]
+    assert "train.beta" in table.unpaired[0]["why"]
+
+
+@pytest.mark.parametrize("name", ["seed", "engine"])
+def test_other_draws_are_compared_as_gates_do_and_told(tmp_path: Path, name: str) -> None:
+    places = [
+        evaluation(tmp_path / model, model, right, config={name: number})
+        for number, (model, right) in enumerate((("a", RIGHT), ("b", MORE)))
+    ]
+    assert differences(*map(open_artifact, places)) == []
+    found = compare(list(map(str, places)))
+    assert len(only(found)) == 1
+    assert f"drawn differently ({name}: 0 and 1)" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {"chat": 1}},
+        {"config": {"reward": {"name": "exact"}}},
+        {"config": {"evaluate": {"temperature": 0.5}}},
+        {"inputs": {"data": outside("other data")}},
+        {"config": {"suite": "quiz", "seed": 1}, "stage": "suite"},
+    ],
+)
+def test_what_comparisons_refuse_gates_refuse(tmp_path: Path, change: dict[str, Any]) -> None:
+    stage = str(change.get("stage", "evaluate"))
+    config = {"suite": "quiz", "seed": 0} if stage == "suite" else {}
+    one = evaluation(tmp_path / "a", "a", RIGHT, stage=stage, config=config)
+    other = evaluation(tmp_path / "b", "b", MORE, **change)
+    assert differences(*map(open_artifact, (one, other)))
+    with pytest.raises(InputError, match="in different ways"):
+        compare([str(one), str(other)])
 
 
 def names_of(found: Comparison) -> list[str]:
@@ -214,7 +306,7 @@ def test_win_rates_are_compared_where_the_other_side_is_one(tmp_path: Path, agai
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"config": {"seed": 1}}, "seed: 0 and 1"),
+        ({"config": {"seed": 0, "chat": {"system": "s"}}}, "chat.system: absent and s"),
         ({"config": {"seed": 0, "evaluate": {"temperature": 0.5}}}, "evaluate.temperature: absent"),
         ({"inputs": {"data": outside("other data")}}, "data: data and other data"),
     ],
@@ -358,6 +450,6 @@ def test_metrics_without_an_interval_are_shown_when_asked(tmp_path: Path) -> Non
 
 def test_a_refusal_is_an_exit_code(tmp_path: Path) -> None:
     one = evaluation(tmp_path / "a", "a", RIGHT)
-    other = evaluation(tmp_path / "b", "b", RIGHT, config={"seed": 1})
+    other = evaluation(tmp_path / "b", "b", RIGHT, config={"chat": {"system": "s"}})
     assert spin("compare", one, other) == (3, "")
     assert spin("compare", one, other, "--mixed")[0] == 0

@@ -41,6 +41,10 @@ from stages.recipe import load_recipe
             r"suites\.a\.temperature=3.0: vLLM has 0",
         ),
         (["suites.a/b.kind=task"], r"'a/b' is no name of a suite; use letters, digits, - and _"),
+        (
+            ["suites.evaluate.kind=task"],
+            r"'evaluate' is the run's own evaluation and no name of a suite; give it another",
+        ),
         (["suites.a=3"], r"suites\.a=3: "),
     ],
 )

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from spin_cli.app import app
 from stages import suite
 from stages.artifacts import Manifest, open_artifact, read_rows
-from stages.config import RunConfig
+from stages.config import RunConfig, WinRateSuiteConfig
 from stages.data.measures import read_measures
 from stages.data.rows import DROPPED, JUDGEMENTS, SUITE_EXAMPLES
 from stages.data.statistics import interval
@@ -61,6 +61,15 @@ def judge(url: str, **settings: Any) -> dict[str, Any]:
     return {"name": "judge", "judge": {"url": url, "model": "j", "concurrency": 2, **settings}}
 
 
+def told(reward: Any, **settings: Any) -> list[str]:
+    """What a gate is told before training that such a suite measures."""
+    values = {"reward": reward, "suites": {"duel": {"kind": "win_rate", **settings}}}
+    config = RunConfig.model_validate(values)
+    duel = config.suites["duel"]
+    assert isinstance(duel, WinRateSuiteConfig)
+    return duel.metrics(config.reward)
+
+
 @pytest.fixture
 def sides(tmp_path: Path) -> tuple[Path, Path, Path]:
     """Data, our evaluation, and theirs."""
@@ -91,7 +100,7 @@ def test_the_higher_score_wins_and_a_tie_is_half_a_win(
               "mean_reward": 0.5, "other_mean_reward": 0.5}  # fmt: skip
     assert {name: manifest.metrics[name] for name in wanted} == wanted
     assert manifest.metrics["other_mean_characters"] == (6 + 6 + 6 + 4) / 4
-    assert "position_flip_share" not in manifest.metrics
+    assert set(manifest.metrics) == {*told({"name": "gsm8k"})}
     assert manifest.inputs["model"].key == "us"
     assert manifest.config["suite"] == "duel"
     columns = read_measures(open_artifact(tmp_path / "out"))
@@ -136,6 +145,7 @@ def test_a_judge_sees_both_orders_and_its_bias_is_told(
     )  # fmt: skip
     assert wins(tmp_path / "out") == {1: 0.5, 2: 0.5, 3: 0.5, 4: 1.0}
     assert manifest.metrics["position_flip_share"] == 0.25
+    assert set(manifest.metrics) == {*told(judge("http://x/v1"))}
     file = open_artifact(tmp_path / "out").file("judgements.parquet")
     said = {(r["prompt_id"], r["order"]): r["verdict"] for r in read_rows([file], JUDGEMENTS)}
     assert (said[prompt_id(3), "ab"], said[prompt_id(3), "ba"]) == ("a", "b")
@@ -158,7 +168,7 @@ def test_without_swap_each_pair_is_shown_once_in_an_order_that_stays(
             assert len(server.requests) == len(humans)
             firsts.append(sum(shown(body)[0] == "ours" for body in server.requests))
         assert manifest.metrics["win_rate"] == 1.0
-        assert "position_flip_share" not in manifest.metrics
+        assert set(manifest.metrics) == {*told(judge("http://x/v1"), swap=False)}
     assert firsts[0] == firsts[1]
     assert 8 < firsts[0] < 32
 
@@ -182,7 +192,8 @@ def test_prompts_that_a_side_did_not_answer_are_counted_and_none_in_common_is_an
     manifest = compare(tmp_path / "out", data, ours, theirs)
     assert wins(tmp_path / "out") == {2: 0.5}
     assert manifest.counts == {"prompts": 1, "dropped_no_other_answer": 3}
-    assert "3 of 4 prompts have no answer to compare with" in caplog.text
+    told = "evaluate --suite duel: 3 of 4 prompts have no answer to compare with"
+    assert told in caplog.text
     nobody = evaluation(tmp_path / "nobody", "them", {9: "#### 9"})
     with pytest.raises(InputError, match=r"no prompt of .* was answered by both sides \(4 sampled"):
         compare(tmp_path / "none", data, ours, nobody)
@@ -372,7 +383,9 @@ def test_the_regression_is_where_its_likelihood_is_highest() -> None:
 def test_its_interval_is_that_of_fitting_resamples() -> None:
     """The slow twin: the regression is fitted anew on every resample."""
     wins, ours, other = simulated(400, 0.3, 1.5, seed=3)
-    low, high = interval(length_controlled(wins, ours, other), np.ones(400))
+    found = interval(length_controlled(wins, ours, other), np.ones(400))
+    assert found is not None
+    low, high = found
     rng = np.random.default_rng(5)
     refitted = []
     for _ in range(600):
