@@ -107,7 +107,7 @@ def run_stage(stage: str, config: RunConfig, inputs: Inputs, out: Path) -> Manif
 
 
 def evaluation(refs: dict[str, InputRef]) -> dict[str, Any]:
-    path = refs["model"].path
+    path = (refs.get("model") or refs["answers"]).path
     iteration = RunLayout(Path()).iteration_of(path)
     usual = 0.6 if iteration is None else round(0.7 + iteration / 10, 3)
     accuracy = accuracy_by_model.get(path, usual)

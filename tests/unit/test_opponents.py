@@ -124,3 +124,13 @@ def test_an_opponents_samples_by_another_engine_are_taken_and_told(
     made = ask(tmp_path / "out", tiny_model_dir, data, tiny_model_dir, theirs, evaluate=engine)
     assert "opponent_evaluation" in made.inputs
     assert "was drawn by another engine (dtype)" in caplog.text
+
+
+def test_prompts_that_an_opponents_evaluation_lacks_are_told_before_an_engine_starts(
+    tmp_path: Path, tiny_model_dir: Path, data: Path, theirs: Path
+) -> None:
+    more = make_data(tmp_path / "more", HUMANS | {4: "four", 5: "five"})
+    engine = FakeEngine()
+    with pytest.raises(InputError, match="lacks 2 of 5 held-out prompts"):
+        ask(tmp_path / "out", tiny_model_dir, more, tiny_model_dir, theirs, by=engine)
+    assert engine.answered == 0
