@@ -37,6 +37,8 @@ MOST_ANSWER_CHARACTERS = 1000
 
 _HEADER = 8
 _SHORT = 40  # characters of a number that is compared without a library
+_BOXED = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
 
 
@@ -78,33 +80,24 @@ def boxed_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what stands in the last closed `\boxed{}` of a text, or None."""
-    start = text.rfind("\\boxed")
-    while start >= 0:
-        found = _in_braces(text, start + len("\\boxed"))
-        if found is not None:
-            return found
-        start = text.rfind("\\boxed", 0, start)
-    return None
+    r"""Return what stands in the last closed `\boxed{}` of a text, or None.
 
-
-def _in_braces(text: str, at: int) -> str | None:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    if text[at : at + 1] != "{":
-        return None
-    depth, start, end = 0, at + 1, min(len(text), at + 100 * MOST_ANSWER_CHARACTERS)
-    while at < end:
-        if text[at] == "\\":
-            at += 1  # an escaped brace is none
-        elif text[at] == "{":
-            depth += 1
-        elif text[at] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:at]
-        at += 1
-    return None
+    One pass over the text: votes are counted in the run's own process, with no limit on time.
+    What is longer than 100 times an answer's most is left out.
+    """
+    boxes = {box.end() - 1 for box in _BOXED.finditer(text)}
+    waiting: list[int] = []  # places of braces that are open
+    last: tuple[int, int] | None = None
+    for mark in _BRACE.finditer(text, min(boxes, default=len(text))):
+        at = mark.start()
+        if text[at] == "{":
+            waiting.append(at)
+        elif text[at] == "}" and waiting:
+            start = waiting.pop()
+            is_box = start in boxes and at - start < 100 * MOST_ANSWER_CHARACTERS
+            if is_box and (last is None or start > last[0]):
+                last = start, at
+    return None if last is None else text[last[0] + 1 : last[1]]
 
 
 def same_value(answer: str, gold: str) -> bool:

@@ -1,6 +1,7 @@
 """Rewards in limited processes: right on a table, and whole after texts and code that do harm."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages.config import RewardConfig
 from stages.errors import ConfigError, EngineError, InputError
@@ -36,7 +39,41 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_the_answer_is_what_the_last_closed_box_holds(text: str, answer: str | None) -> None:
-    assert last_boxed(text) == answer
+    assert last_boxed(text) == answer == last_boxed_slowly(text)
+
+
+def last_boxed_slowly(text: str) -> str | None:
+    """The slow twin: every box from the last one on, its braces counted from its own."""
+    for box in reversed(list(re.finditer(r"\\boxed\s*(?=\{)", text))):
+        depth, at = 0, box.end()
+        while at < len(text):
+            if text[at] == "\\":
+                at += 1
+            else:
+                depth += (text[at] == "{") - (text[at] == "}")
+                if depth == 0:
+                    return text[box.end() + 1 : at]
+            at += 1
+    return None
+
+
+@given(st.lists(st.sampled_from(["\\boxed", "{", "}", "\\", " ", "\n", "x"]), max_size=24))
+def test_one_pass_finds_the_box_that_looking_at_each_finds(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert last_boxed(text) == last_boxed_slowly(text)
+
+
+@pytest.mark.parametrize("part", [r"\boxed{", r"\boxed ", r"\boxed{\boxed}", "{", "}"])
+def test_the_last_box_is_found_in_a_time_that_grows_with_the_text(part: str) -> None:
+    """A vote is counted in our own process: a model that says a word again must not hold it up."""
+    started = time.process_time()
+    last_boxed(r"\boxed{1}" + part * 100_000)
+    assert time.process_time() - started < 10  # it takes 0.1 s, and took an hour
+
+
+def test_a_box_that_is_too_long_for_an_answer_is_none() -> None:
+    assert last_boxed(r"\boxed{" + "x" * 99_998 + "}") == "x" * 99_998
+    assert last_boxed(r"\boxed{1} \boxed{" + "x" * 100_000 + "}") == "1"
 
 
 @pytest.mark.parametrize(
