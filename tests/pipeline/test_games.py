@@ -93,7 +93,8 @@ def test_older_opponents_answer_beside_the_newest(fakes: None) -> None:
         parts = [
             made(t, n).config.get("part") for n in ("generate", "pool-1", "pool-2")[: size + 1]
         ]
-        assert parts == ([[k, size] for k in range(size + 1)] if size else [None])
+        found = [part and (part["member"], part["members"]) for part in parts]
+        assert found == ([(k, size) for k in range(size + 1)] if size else [None])
         names = ["generations", *(f"generations_{k}" for k in range(1, size + 1))]
         places = ["generate", *(f"pool-{k}" for k in range(1, size + 1))]
         for stage in ("reward", "pair"):
