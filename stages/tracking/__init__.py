@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -43,7 +44,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 _MLFLOW_STORE = ("sqlalchemy", "alembic")
 """What MLflow needs to write a database of its own; mlflow-skinny comes without."""
 MAX_WAITING = 10_000
-"""Messages held for a tracker that is slow; further ones are lost, and counted."""
+"""Messages held for a tracker that is slow, here and as many in its process; further ones are lost,
+and counted."""
 FINISH_S = 30.0
 """For trackers to finish when a stage ends; those that take longer are left to themselves."""
 BREAK_OFF_S = 3.0
@@ -218,7 +220,8 @@ def summarize(config: RunConfig, out: Path, manifest: Manifest) -> None:
         log.warning("tracking: no summary of %s: %s", out, error)
         return
     assert run is not None, "there are trackers"
-    if manifest.key in _state(run).get("summaries", []):
+    told = _state(run).get("told", {})
+    if all(manifest.key in told.get(name, {}).get("summaries", []) for name in run.trackers):
         return
     values: dict[str, Any] = {}
     for name, each in manifests.items():
@@ -263,7 +266,8 @@ class _Worker:
         self._messages: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
         self._done = threading.Event()
         self._problem = ""
-        self.send({**asdict(run), "folder": str(run.folder), "state": str(run.state)})
+        places = {"folder": str(run.folder), "state": str(run.state)}
+        self.send({**asdict(run), **places, "max_waiting": MAX_WAITING})
         threading.Thread(target=self._work, name="spin tracking", daemon=True).start()
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -274,18 +278,24 @@ class _Worker:
             self._lost += 1
 
     def finish(self, patience_s: float) -> None:
-        """Let the process finish, and say in one line what went wrong."""
-        with suppress(queue.Full):
+        """Let the process finish, and say what went wrong."""
+        end_s = time.monotonic() + patience_s
+        try:
             self._messages.put(None, timeout=patience_s)
+        except queue.Full:  # it must hear of the end all the same
+            with suppress(queue.Empty):
+                self._messages.get_nowait()
+                self._lost += 1
+            self._messages.put_nowait(None)  # nobody else puts anything in
         names = ", ".join(self._run.trackers)
-        if not self._done.wait(patience_s):
+        if not self._done.wait(max(0.0, end_s - time.monotonic())):
             log.warning(
                 "tracking: %s has not finished after %g s and is left to itself; see %s",
                 names, patience_s, self._log,
             )  # fmt: skip
         elif self._problem:
             log.warning("tracking: %s; the rest went on without; see %s", self._problem, self._log)
-        elif self._lost:
+        if self._lost and not self._problem:
             log.warning("tracking: %s was too slow: %d messages are lost", names, self._lost)
 
     @property

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import secrets
+import select
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 from typing import Any
 
 FINISH_S = 600
@@ -29,19 +30,28 @@ def main() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = json.loads(sys.stdin.readline())
-    messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    # Where it is full the pipe fills too, and then the parent counts what is lost.
+    messages: Queue[dict[str, Any] | None] = Queue(run["max_waiting"])
     threading.Thread(target=_read, args=(messages,), daemon=True).start()
+    threading.Thread(target=_end_after_parent, daemon=True).start()
     problems = _work(run, iter(messages.get, None))
     said.write("; ".join(problems))
     said.close()
     os._exit(0)  # threads of libraries are left behind, not waited for
 
 
-def _read(messages: "SimpleQueue[dict[str, Any] | None]") -> None:
-    """Take in what comes, and end the process some time after the last of it."""
+def _read(messages: "Queue[dict[str, Any] | None]") -> None:
+    """Take in what comes, as fast as there is room for it."""
     for line in sys.stdin:
         messages.put(json.loads(line))
     messages.put(None)
+
+
+def _end_after_parent() -> None:
+    """End the process some time after the pipe was closed, read to its end or not."""
+    hang_up = select.poll()
+    hang_up.register(0, 0)
+    hang_up.poll()
     time.sleep(FINISH_S)
     os._exit(1)
 
@@ -55,19 +65,18 @@ def _work(run: dict[str, Any], messages: Iterator[dict[str, Any]]) -> list[str]:
         trackers = _Trackers(run, state)
         for message in messages:
             if "summary" not in message:
-                if message["step"] > state.last_step:
-                    state.keep(last_step=message["step"])
-                    trackers.log(message["values"], message["step"])
-            elif message["of"] not in state.summaries:
-                step = state.last_step + 1
-                state.keep(last_step=step, summaries=[*state.summaries, message["of"]])
-                trackers.log(message["summary"], step)
+                trackers.tell_step(message["values"], message["step"])
+            else:
+                trackers.tell_summary(message["summary"], message["of"])
         trackers.finish()
     return trackers.problems
 
 
 class _State:
-    """What was told already; written before it is told, so that nothing is told twice."""
+    """What each tracker was told already.
+
+    Of steps and summaries it is written before they are told, so that none is told twice.
+    """
 
     def __init__(self, path: Path, identity: str) -> None:
         self._path = path
@@ -78,9 +87,9 @@ class _State:
             found = {}
         if isinstance(found, dict) and found.get("identity") == identity:
             self._values = found
-        self.is_new = not self._values
-        if self.is_new:
+        if not self._values:
             self._values = {"identity": identity, "id": secrets.token_hex(8)}
+        self._told: dict[str, dict[str, Any]] = self._values.setdefault("told", {})
 
     @property
     def id(self) -> str:
@@ -92,18 +101,27 @@ class _State:
         """The run's name at MLflow, which gives it itself."""
         return self._values.get("mlflow")
 
-    @property
-    def last_step(self) -> int:
-        """The last step that was told; -1 before any."""
-        return int(self._values.get("last_step", -1))
+    def knows_settings(self, tracker: str) -> bool:
+        """Whether a tracker was told the recipe."""
+        return bool(self._of(tracker).get("settings"))
 
-    @property
-    def summaries(self) -> list[str]:
-        """The artifacts whose summary was told."""
-        return list(self._values.get("summaries", []))
+    def last_step(self, tracker: str) -> int:
+        """Return the last step that a tracker was told; -1 before any."""
+        return int(self._of(tracker).get("last_step", -1))
+
+    def summaries(self, tracker: str) -> list[str]:
+        """Return the artifacts whose summary a tracker was told."""
+        return list(self._of(tracker).get("summaries", []))
+
+    def note(self, tracker: str, **values: Any) -> None:
+        """Take down what a tracker is told; `keep` writes it."""
+        self._told[tracker] = self._of(tracker) | values
+
+    def _of(self, tracker: str) -> dict[str, Any]:
+        return self._told.get(tracker, {})
 
     def keep(self, **values: Any) -> None:
-        """Write down some values."""
+        """Write down some values, and all that was noted."""
         self._values |= values
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text(json.dumps(self._values, sort_keys=True) + "\n")
@@ -118,6 +136,7 @@ class _Trackers:
 
         PartialState(cpu=True)  # accelerate's trackers log by it; this process is its only rank
         self.problems: list[str] = []
+        self._state = state
         self._trackers: dict[str, Any] = {}
         for name in run["trackers"]:
             self._try(name, lambda n=name: self._start(n, run, state))  # type: ignore[misc]
@@ -129,13 +148,32 @@ class _Trackers:
         if name == "mlflow":
             state.keep(mlflow=tracker.tracker.info.run_id)
         # Trackio takes what the last process says of a run for all that is known of it.
-        if run["settings"] and (state.is_new or name == "trackio"):
+        if run["settings"] and (name == "trackio" or not state.knows_settings(name)):
             tracker.store_init_configuration(run["settings"])
+            state.note(name, settings=True)
+            state.keep()
 
-    def log(self, values: dict[str, Any], step: int) -> None:
-        """Tell all of some metrics."""
-        for name, tracker in list(self._trackers.items()):
-            self._try(name, lambda t=tracker: t.log(values, step=step))  # type: ignore[misc]
+    def tell_step(self, values: dict[str, Any], step: int) -> None:
+        """Tell those of a step who were not told of it before."""
+        names = [name for name in self._trackers if self._state.last_step(name) < step]
+        self._tell(values, dict.fromkeys(names, step))
+
+    def tell_summary(self, values: dict[str, Any], of: str) -> None:
+        """Tell those what came of an artifact who were not told before, as one further step."""
+        names = [name for name in self._trackers if of not in self._state.summaries(name)]
+        for name in names:
+            self._state.note(name, summaries=[*self._state.summaries(name), of])
+        self._tell(values, {name: self._state.last_step(name) + 1 for name in names})
+
+    def _tell(self, values: dict[str, Any], steps: dict[str, int]) -> None:
+        """Tell some trackers of metrics, each at its step."""
+        for name, step in steps.items():
+            self._state.note(name, last_step=step)
+        if steps:
+            self._state.keep()
+        for name, step in steps.items():
+            tracker = self._trackers[name]
+            self._try(name, lambda t=tracker, at=step: t.log(values, step=at))  # type: ignore[misc]
 
     def finish(self) -> None:
         """Let all write what they hold."""
