@@ -680,7 +680,7 @@ def opponent(
     Exit code 6 when a refusal ended the run before it.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
-    from stages.decisions import champion_evaluation, opponent_of, optimizer_of, reference_of
+    from stages.decisions import opponent_of, optimizer_of, reference_of, rival_evaluation
     from stages.layout import RunLayout
     from stages.run_record import read_recipe
 
@@ -691,7 +691,7 @@ def opponent(
     layout = RunLayout(run)
     recipe = read_recipe(layout)
     if champion:
-        put(str(champion_evaluation(layout, iteration) or ""))
+        put(str(rival_evaluation(layout, "champion", iteration)))
         return
     found = opponent_of(layout, recipe, iteration)
     if reference:

@@ -14,11 +14,17 @@ from stages.adaptation import adapted, at_iteration
 from stages.artifacts import Manifest
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.produce import ALREADY_DONE
-from stages.config import RunConfig, SamplingConfig, Suite, TaskSuiteConfig, WinRateSuiteConfig
+from stages.config import (
+    OF_COMPARISON,
+    RunConfig,
+    SamplingConfig,
+    Suite,
+    TaskSuiteConfig,
+    WinRateSuiteConfig,
+)
 from stages.convergence import conditions, converged
 from stages.decisions import (
     Opponent,
-    champion_evaluation,
     first_opponent,
     opponent_of,
     optimizer_of,
@@ -26,6 +32,7 @@ from stages.decisions import (
     pool_of,
     reference_of,
     replayed,
+    rival_evaluation,
 )
 from stages.errors import ConfigError
 from stages.layout import ITERATION_STAGES, RunLayout
@@ -65,7 +72,7 @@ def carry_on(
             recipe,
             iterations,
             lambda t: opponent_of(layout, recipe, t),
-            lambda t: str(champion_evaluation(layout, t)),
+            lambda t: str(rival_evaluation(layout, "champion", t)),
         ):
             config = at_iteration(layout, recipe, step.iteration).for_iteration(step.iteration)
             if step.stage == "generate" and step.out.name == "generate":
@@ -127,10 +134,9 @@ def _check_gate(recipe: Recipe, start: Manifest, iterations: int) -> None:
     Raises:
         ConfigError: one of them has no such metric.
     """
-    compared = ("heldout_", "opponent_", "sampled_gain")  # what an evaluation has with an opponent
     for iteration in range(iterations):
         metric = recipe.for_iteration(iteration).promote.metric
-        if metric not in start.metrics and not metric.startswith(compared):
+        if metric not in start.metrics and not metric.startswith(OF_COMPARISON):
             raise ConfigError(
                 f"promote.metric={metric}: evaluations of this run have no such metric; they have "
                 f"{', '.join(sorted(start.metrics))}, and heldout_… against an opponent"

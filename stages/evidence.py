@@ -9,16 +9,12 @@ from stages.artifacts import Artifact, InputRef, Manifest, open_artifact, read_m
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.config import PromoteConfig, RunConfig
+from stages.data.alike import way
 from stages.data.measures import INTERVALS_FILE, MEASURES_FILE, METRICS_FILE, read_measures
 from stages.decisions import Places, champion_evaluation, measured_at, rival_evaluation
 from stages.errors import InputError
 from stages.gates import Evidence, Measured, Rival, check, player_suites, rivals
 from stages.layout import RunLayout
-
-_MEASURE = ("chat", "evaluate", "reward")
-"""Settings that decide what the metrics of the run's own evaluation mean."""
-_OF_MODEL = ("model", "opponent", "opponent_evaluation", "answers", "against", "judged")
-"""Inputs that differ between models that are measured alike."""
 
 
 @dataclass(frozen=True)
@@ -212,16 +208,9 @@ def check_alike(player: Artifact, rival: Artifact) -> None:
 
 
 def differences(player: Artifact, rival: Artifact) -> list[str]:
-    """Return the settings and inputs in which two artifacts measure differently."""
-    mine, theirs = player.manifest, rival.manifest
-    names = _MEASURE if mine.stage == "evaluate" else {*mine.config, *theirs.config} - {"engine"}
-    settings = [n for n in sorted(names) if mine.config.get(n) != theirs.config.get(n)]
-    inputs = [
-        {n: (ref.key, ref.content) for n, ref in each.inputs.items() if n not in _OF_MODEL}
-        for each in (mine, theirs)
-    ]
-    either = sorted({*inputs[0], *inputs[1]})
-    return settings + [name for name in either if inputs[0].get(name) != inputs[1].get(name)]
+    """Return the settings and inputs in which two artifacts measure differently; see `way`."""
+    mine, theirs = way(player.manifest), way(rival.manifest)
+    return [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
 
 
 def _named(rival: str, found: Mapping[str | None, Artifact]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from stages.alarms import FiredAlarm
 from stages.config import (
+    OF_COMPARISON,
     AtLeastConfig,
     BetterConfig,
     ConditionConfig,
@@ -29,8 +30,6 @@ Figures = dict[str, float | int | str | bool | None]
 
 ROUNDING = 1e-9
 """0.3 - 0.2 < 0.1 in binary, and a gate means decimal numbers."""
-OF_COMPARISON = ("heldout_", "opponent_", "sampled_gain")
-"""How the names of metrics begin that an evaluation has of player and opponent together."""
 
 
 @dataclass(frozen=True)
@@ -189,16 +188,30 @@ def check(
             of_comparison = asked is None and name.startswith(OF_COMPARISON)
             if is_paired:
                 _check_comparable(config, asked, metric, of_comparison=of_comparison)
+            suite_config = config.suites.get(asked or "")
+            if suite is None and isinstance(suite_config, WinRateSuiteConfig):
+                # the start is never asked this suite
+                _check_measured(asked, metric, suite_config.metrics(config.reward))
             if asked != suite:
                 continue
-            if name not in metrics and not of_comparison:
-                raise ConfigError(
-                    f"promote.gate asks for {metric}, which is not measured in this run; "
-                    f"{'evaluations have' if asked is None else f'suites.{asked} has'} "
-                    f"{', '.join(sorted(metrics))}"
-                )
+            if not of_comparison:
+                _check_measured(asked, metric, metrics)
             if is_paired and means is not None and name not in means:
                 raise _no_mean(metric, means)
+
+
+def _check_measured(suite: str | None, metric: str, metrics: Sequence[str]) -> None:
+    """Check that a suite (None: the run's evaluation) has a metric.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if split(metric)[1] not in metrics:
+        raise ConfigError(
+            f"promote.gate asks for {metric}, which is not measured in this run; "
+            f"{'evaluations have' if suite is None else f'suites.{suite} has'} "
+            f"{', '.join(sorted(metrics))}"
+        )
 
 
 def _check_comparable(
@@ -330,6 +343,12 @@ def _at_least(condition: AtLeastConfig, evidence: Evidence) -> Verdict:
         f"the {_percent(condition.confidence)} lower bound {shown(low)} of {condition.metric} "
         f"({shown(value)} on {count:,} examples) {reaches(passed)} {condition.value:g}"
     )
+    if low is None and value is not None:
+        text = (
+            f"{condition.metric} is {shown(value)} on {'each of ' if count > 1 else ''}{count:,} "
+            f"example{'' if count == 1 else 's'}, too few for a {_percent(condition.confidence)} "
+            "lower bound where all agree"
+        )
     figures |= {"value": value, "low": low, "confidence": condition.confidence, "examples": count}
     return Verdict("at_least", passed, text, figures)
 
@@ -394,7 +413,8 @@ def _tell(found: Paired, condition: BetterConfig | NotWorseConfig) -> str:
     """Return the figures of a comparison in words."""
     test = {"bootstrap": "bootstrap", "mcnemar": "score test" if found.above else "McNemar"}
     points = " points" if found.method == "mcnemar" else ""
-    gain, low = (_signed(value, found) for value in (found.gain, found.low))
+    gain = _signed(found.gain, found)
+    low = "unknown, for so few examples agree" if found.low is None else _signed(found.low, found)
     missing = f", {found.unmatched:,} in only one of the two" if found.unmatched else ""
     return (
         f"{gain}{points} ({_percent(condition.confidence)} lower bound {low}), "

@@ -23,7 +23,7 @@ from stages.artifacts.files import inner_path
 from stages.artifacts.json_file import read_object, write_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, PointerEntry, move_pointer, read_pointer, roll_back
-from stages.config import PromoteConfig, RunConfig
+from stages.config import OF_COMPARISON, PromoteConfig, RunConfig
 from stages.data.paired import compare
 from stages.decisions import DECISION, METRICS, Decision, read_decision
 from stages.errors import ConfigError, InputError
@@ -36,7 +36,6 @@ from stages.evidence import (
     open_evidence,
 )
 from stages.gates import (
-    OF_COMPARISON,
     ROUNDING,
     Figures,
     Verdict,
@@ -57,7 +56,6 @@ log = logging.getLogger("spin")
 FORMAT_VERSION = 2
 _MADE_FROM = {"train": "pairs", "score": "pairs", "pair": "generations"}
 """Stage → how the names of those inputs begin that lead back to where its rows were made."""
-_ROUNDING = 1e-9  # 0.3 - 0.2 < 0.1 in binary, and a gate means decimal numbers
 
 
 def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:

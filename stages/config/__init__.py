@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from stages.config.fields import JUDGE_FIELDS, Count, Section, place
 from stages.config.gates import (
+    OF_COMPARISON,
     AtLeastConfig,
     BetterConfig,
     ConditionConfig,
@@ -68,6 +69,7 @@ __all__ = [
     "HIGHEST_TEMPERATURE",
     "JUDGE_FIELDS",
     "LOWEST_TEMPERATURE",
+    "OF_COMPARISON",
     "OF_VLLM",
     "AdaptConfig",
     "AlarmConfig",

@@ -11,6 +11,10 @@ Confidence = Annotated[float, Field(gt=0.5, le=0.999)]
 """The p values of a bootstrap end at 0.0005."""
 
 
+OF_COMPARISON = ("heldout_", "opponent_", "sampled_gain")
+"""How the names of metrics begin that an evaluation has of player and opponent together."""
+
+
 class BetterConfig(Section):
     """The player is better than a rival on the same examples, with a stated confidence."""
 

@@ -18,6 +18,7 @@ from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, read_pointer
 from stages.config import RunConfig
 from stages.convergence import converged
+from stages.data.alike import way
 from stages.data.measures import (
     INTERVALS_FILE,
     MEASURES_FILE,
@@ -200,10 +201,7 @@ def measured_on_examples(layout: RunLayout, iteration: int | None, metric: str) 
     place = layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
     artifact = open_artifact(layout.suite(iteration, suite) if dot else place)
     column = read_measures(artifact).get(name)
-    made = artifact.manifest
-    asked = [made.config.get(each) for each in ("evaluate", "suite", "chat", "reward")]
-    asked += [made.inputs[each].key for each in ("data", "reward_model") if each in made.inputs]
-    return Measured(column, asked) if column else None
+    return Measured(column, way(artifact.manifest)) if column else None
 
 
 @dataclass

@@ -56,7 +56,9 @@ def make(
             write_object(workspace.file(name), value)
         return Outcome(counts={}, metrics=metrics or {})
 
-    return produce(out, Plan(stage, 1, {"out": out.parent.name + out.name}, inputs), fill)
+    # evaluations have one way of measuring, and differ by their models
+    config = {} if stage == "evaluate" else {"out": out.parent.name + out.name}
+    return produce(out, Plan(stage, 1, config, inputs), fill)
 
 
 def evaluate(layout: RunLayout, model: Path, out: Path, metrics: dict[str, Any]) -> None:
