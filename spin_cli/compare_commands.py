@@ -57,6 +57,8 @@ def compare(
         put(f"{letter(index)}  {model.name}  ({', '.join(model.evaluations)})")
     for table in found.suites:
         put("")
+        for line in _rivals(table):
+            _put_wrapped(line)
         _put_values(table, found, every)
         _put_differences(table)
         for line in _summary(table):
@@ -67,6 +69,18 @@ def compare(
             "Each interval holds for itself: of 20 metrics without any difference one is expected "
             "to show one."
         )
+
+
+def _rivals(table: "SuiteTable") -> Iterator[str]:
+    """Yield whom the models were compared with: once, where it is the same for all."""
+    told: dict[str, list[str]] = {}
+    for index, rival in enumerate(table.rivals):
+        if rival is not None:
+            told.setdefault(rival, []).append(letter(index))
+    having = [i for i in range(len(table.rivals)) if any(v[i] for v in table.values.values())]
+    for rival, letters in told.items():
+        whose = "" if len(letters) == len(having) else f"{', '.join(letters)} "
+        yield f"{table.suite}: {whose}against {rival}"
 
 
 def _put_wrapped(line: str) -> None:

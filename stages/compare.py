@@ -20,7 +20,8 @@ from stages.data.alike import OF_BETA, draws, share_beta, way
 from stages.data.measures import INTERVALS_FILE, METRICS_FILE, Column, read_measures
 from stages.data.paired import Paired
 from stages.data.paired import compare as compare_columns
-from stages.errors import InputError
+from stages.errors import ConfigError, InputError
+from stages.headlines import rival_of
 from stages.layout import RunLayout
 from stages.lineage import flat
 from stages.subjects import START, find_subject
@@ -113,6 +114,8 @@ class SuiteTable:
     """Against the first model that has this suite."""
     unpaired: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """{metric, model, base, why}: metrics that both have and that do not compare."""
+    rivals: Sequence[str | None] = ()
+    """Whom each model was compared with, as its manifest names it; None where with nobody."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -123,6 +126,7 @@ class SuiteTable:
             },
             "differences": [one.to_json() for one in self.differences],
             "unpaired": [dict(one) for one in self.unpaired],
+            "rivals": list(self.rivals),
         }
 
 
@@ -194,12 +198,20 @@ def models_of(names: Sequence[str]) -> list[Model]:
 
     Raises:
         InputError: a name stands for no evaluation, or there is one model only.
+        ConfigError: two names stand for one model.
         CorruptError: a pointer or manifest is damaged.
     """
     models = _whole_run(names[0]) if len(names) == 1 else [_model(name) for name in names]
     for model in models:
         if not model.evaluations:
             raise InputError(f"{model.name} has no evaluation; run spin evaluate first")
+    places = [{name: p.resolve() for name, p in model.evaluations.items()} for model in models]
+    for index, model in enumerate(models):
+        first = places.index(places[index])
+        if first < index:
+            raise ConfigError(
+                f"{models[first].name} and {model.name} are the same model; name others"
+            )
     return models
 
 
@@ -318,7 +330,9 @@ def _table(
                 why = why or "no example is in both"
                 unpaired.append({"metric": metric, "model": index, "base": base, "why": why})
         _warn_of_unmatched(suite, names, [d for d in differences if d.model == index], warnings)
-    return SuiteTable(suite, values, differences, unpaired)
+    made = {index: one.artifact.manifest for index, one in opened.items()}
+    rivals = [rival_of(made[i]) if i in made else None for i in range(len(models))]
+    return SuiteTable(suite, values, differences, unpaired, rivals)
 
 
 def _difference(

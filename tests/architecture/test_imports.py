@@ -60,7 +60,7 @@ ALLOWED = {
     "lineage": BASE | {"subjects"},
     "difference": BASE | OF_A_RUN | {"lineage", "subjects"},
     "reproduce": BASE | OF_A_RUN | {"data", "lineage", "subjects"},
-    "compare": BASE | {"data", "layout", "lineage", "subjects"},
+    "compare": BASE | {"data", "headlines", "layout", "lineage", "subjects"},
     "model_card": BASE,
     "export": BASE | OF_A_RUN | {"data", "headlines", "lineage", "model", "model_card", "reproduce"},
     "hub": BASE | {"model_card"},

@@ -23,7 +23,7 @@ from stages.compare import (
 )
 from stages.data.measures import Measure
 from stages.data.paired import Paired
-from stages.errors import InputError
+from stages.errors import ConfigError, InputError
 from stages.evidence import differences
 from stages.layout import RunLayout
 from tests.evaluations import column, make_evaluation, outside, prompt_id
@@ -112,9 +112,40 @@ def test_turning_the_two_round_turns_the_difference_round(tmp_path: Path) -> Non
     assert (there.verdict, back.verdict) == ("better", "worse")
 
 
-def test_a_model_compared_with_itself_is_the_same(tmp_path: Path) -> None:
-    place = str(evaluation(tmp_path / "a", "a", RIGHT))
-    [difference] = only(compare([place, place]))
+def test_names_of_one_model_are_refused(
+    run: RunLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.root == tmp_path / "run"
+    for names in (("run:0", "run:0"), ("run", "run:1"), ("run:0", "run:1", "run/iterations/000")):
+        with pytest.raises(ConfigError, match="are the same model; name others$") as told:
+            compare(names)
+        assert told.value.exit_code == 2
+
+
+def test_whom_models_were_compared_with_stands_above_their_figures(tmp_path: Path) -> None:
+    def made(name: str, rival: str | None) -> Path:
+        inputs = {"against": outside(rival)} if rival else {}
+        config = {"suite": "duel", "kind": "win_rate"}
+        rates = column("win_rate", RIGHT)
+        return make_evaluation(tmp_path / name, name, rates, stage="suite", config=config,
+                               inputs=inputs)  # fmt: skip
+
+    one, two, other, humans = (made(*each) for each in (
+        ("one", "start"), ("two", "start"), ("other", "elsewhere"), ("humans", None),
+    ))  # fmt: skip
+    assert "duel: against start\nduel: values," in spin("compare", one, two)[1]
+    told = spin("compare", one, other, humans)[1]
+    assert "duel: A against start\nduel: B against elsewhere\n" in told
+    assert "duel: C against the human answers\nduel: values," in told
+    assert compare([str(one), str(other)]).to_json()["suites"]["duel"]["rivals"] == [
+        "start", "elsewhere",
+    ]  # fmt: skip
+
+
+def test_a_model_compared_with_its_copy_is_the_same(tmp_path: Path) -> None:
+    places = [str(evaluation(tmp_path / name, "a", RIGHT)) for name in "ab"]
+    [difference] = only(compare(places))
     assert (difference.verdict, difference.paired.gain, difference.p_value) == ("same", 0, 1)
 
 
