@@ -45,12 +45,21 @@ def lineage(
     found = read_lineage(find_subject(artifact))
     if as_json:
         put_json(found.to_json())
-        return
-    for line in dot_lines(found) if as_dot else tree_lines(found):
-        put(line)
-    problems = found.problems()
-    if problems:
-        say(f"{artifact}: {len(problems)} problems on the way; each is named above")
+    else:
+        for line in dot_lines(found) if as_dot else tree_lines(found):
+            put(line)
+        problems = found.problems()
+        if problems:
+            say(f"{artifact}: {len(problems)} problems on the way; each is named above")
+    _end_damaged(found.damage())
+
+
+def _end_damaged(damage: "Sequence[str]") -> None:
+    """End with exit code 4 where a manifest is damaged; all that is sound was told."""
+    from stages.errors import CorruptError
+
+    if damage:
+        raise CorruptError("; ".join(dict.fromkeys(damage)))
 
 
 def diff(
@@ -72,9 +81,10 @@ def diff(
     found = difference(find_subject(one), find_subject(other))
     if as_json:
         put_json(found.to_json())
-        return
-    for line in difference_lines(found):
-        put(line)
+    else:
+        for line in difference_lines(found):
+            put(line)
+    _end_damaged(list(found.problems.values()))
 
 
 def reproduce(
@@ -92,8 +102,8 @@ def reproduce(
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option("--tolerance", min=0.0, help="How far metrics may be apart where bytes may "
-                     "differ: a share of the larger one, or of 1."),
+        typer.Option("--tolerance", min=0.0, help="How far metrics without an interval may be "
+                     "apart where bytes may differ: a share of the larger one."),
     ] = 0.02,
     as_json: Json = False,
     no_verify: NoVerify = False,
@@ -113,15 +123,15 @@ def reproduce(
     original = chain(find_subject(artifact))
     root = original.root
     assert root is not None, "chains are those of runs"
-    place = folder if folder is not None else root.with_name(f"{root.name}-reproduced")
+    place = folder if folder is not None else _beside(root)
+    steps = replay(
+        original, place, tolerance=tolerance, overrides=overrides or [], verify=not no_verify
+    )
     makers = other_makers(original)
     for line in makers:
         say(f"made by other code than this: {line}")
     say(f"{artifact}: {len(list(original.made()))} artifacts are made again in {place}")
     found = []
-    steps = replay(
-        original, place, tolerance=tolerance, overrides=overrides or [], verify=not no_verify
-    )
     for each in steps:
         found.append(each)
         if not as_json:
@@ -131,29 +141,52 @@ def reproduce(
             {
                 "artifact": artifact,
                 "in": str(place),
-                "agrees": all(each.agrees for each in found),
+                "agrees": all(each.agrees is not False for each in found),
+                "not_compared": [each.place for each in found if each.agrees is None],
                 "tolerance": tolerance,
                 "other_makers": makers,
                 "artifacts": [each.to_json() for each in found],
             }
         )
-    _end_reproduction(root, place, found, tolerance)
+    _end_reproduction(root, place, found)
 
 
-def _end_reproduction(
-    root: Path, place: Path, found: "Sequence[Agreement]", tolerance: float
-) -> None:
+def _beside(root: Path) -> Path:
+    """Return the folder beside a run that its reproduction is made in."""
+    named = root if root.name.strip(".") else root.resolve()  # . and .. have no name to add to
+    return named.with_name(f"{named.name}-reproduced")
+
+
+def _end_reproduction(root: Path, place: Path, found: "Sequence[Agreement]") -> None:
     from stages.errors import DivergedError
 
-    apart = [each.place for each in found if not each.agrees]
+    apart = [each.place for each in found if each.agrees is False]
     if apart:
         raise DivergedError(
             f"{place}: {len(apart)} of {len(found)} artifacts do not agree with the original, "
             f"{apart[0]} first; compare them: spin diff {root / apart[0]} {place / apart[0]}"
         )
+    say(f"{place}: {_summary(found)}")
+
+
+def _summary(found: "Sequence[Agreement]") -> str:
+    """Return in words how well artifacts agree of which none differs."""
     equal = sum(each.same_bytes for each in found)
-    others = f", the others in metrics within {tolerance:g}" if equal < len(found) else ""
-    say(f"{place}: all agree: {equal} of {len(found)} in every byte{others}")
+    unknown = sum(each.agrees is None for each in found)
+    near = [each for each in found if each.agrees and not each.same_bytes]
+    text = f"{'none differs' if unknown else 'all agree'}: {equal} of {len(found)} in every byte"
+    if near:
+        text += f", {len(near)} in metrics"
+        farthest = [(each.place, figure) for each in near if (figure := each.farthest())]
+        if farthest:
+            where, most = max(farthest, key=lambda pair: pair[1].deviation or 0.0)
+            text += (
+                f" (the largest deviation is {most.deviation:.2g} of its value, {where}: {most})"
+            )
+    if unknown:
+        text += f", {unknown} not compared"
+    now = sum(each.made_now for each in found)
+    return f"{text}; {now} made by this call, {len(found) - now} by earlier ones"
 
 
 def export_player(

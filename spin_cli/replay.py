@@ -2,20 +2,31 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spin_cli.steps import Step, execute
-from stages.artifacts import InputRef, Manifest, run_root
+from stages.artifacts import InputRef, Manifest, open_artifact, run_root
 from stages.artifacts.locks import hold
+from stages.artifacts.manifest import MANIFEST_NAME
 from stages.config import RunConfig
 from stages.errors import ConfigError, InputError
 from stages.layout import RunLayout
 from stages.lineage import Lineage, Node
 from stages.recipe import Recipe
-from stages.reproduce import Agreement, compare, recorded, replayed, threads_of
-from stages.run_record import first_difference, read_recipe, start_or_resume
+from stages.reproduce import (
+    Agreement,
+    begin,
+    check_beginning,
+    compare,
+    recorded,
+    recorded_intervals,
+    replayed,
+    threads_of,
+)
+from stages.run_record import first_difference, read_recipe
 
 if TYPE_CHECKING:
     from stages.evidence import PromoteInputs
@@ -44,16 +55,20 @@ def replay(
 ) -> Iterator[Agreement]:
     """Make a chain again in the run directory `folder`, and compare each artifact when it is made.
 
-    What is there already, from an earlier call, is not made again.
+    Whether it can be made is checked at once; the work is done as what is returned is read. What is
+    there already, from an earlier call, is not made again; its files are hashed.
 
     Args:
         overrides: settings that name places or change speed, such as where the start model lies
             on this machine.
+        verify: check the bytes of what is read, and of what is there already.
 
     Raises:
-        ConfigError: the place is taken, or lies in the original run; or an override would decide
-            a result.
-        InputError: a model from outside of the run is not there any more, or is another now.
+        ConfigError: the place is taken, is another run, or lies in the original one; or an override
+            would decide a result.
+        InputError: a model from outside of the run is not there any more, or is another now; or
+            something on the way cannot be made again.
+        CorruptError: the bytes of what is there already have changed.
         BusyError: another process is at work there.
     """
     assert original.root is not None, "chains are those of runs"
@@ -61,17 +76,64 @@ def replay(
     _check_place(folder, original.root)
     _check_models(original, recipe, verify)
     layout = RunLayout(folder)
+    check_beginning(layout, recipe, original.root)
+    works = _works(original, layout, recipe, verify)
+    return _replayed(works, layout, recipe, original.root, tolerance, verify)
+
+
+def _replayed(
+    works: "Sequence[_Work]",
+    layout: RunLayout,
+    recipe: Recipe,
+    root: Path,
+    tolerance: float,
+    verify: bool,
+) -> Iterator[Agreement]:
     same: dict[str, bool] = {}
-    place = {"verify": verify, "threads": threads_of(original) or recipe.for_iteration().threads}
     with hold(layout.lock, f"run {layout.root}"):
-        start_or_resume(layout, recipe)
-        for node, manifest in original.made():
-            step = step_of(node, original, layout, recipe)
-            made = _make(step, manifest, layout, recipe, place)
-            agree = all(same.get(name, True) for name in node.inputs.values())
-            found = compare(node.path, manifest, made, inputs_agree=agree, tolerance=tolerance)
+        begin(layout, recipe, root)
+        for work in works:
+            node, place = work.node, work.step.out
+            was_there = (place / MANIFEST_NAME).is_file()
+            made = _make(work, layout)
+            if was_there and verify:
+                open_artifact(place).files()
+            found = compare(
+                node.path,
+                work.manifest,
+                made,
+                inputs_agree=all(same.get(name, True) for name in node.inputs.values()),
+                tolerance=tolerance,
+                intervals=recorded_intervals(root / node.path, work.manifest),
+                made_now=not was_there,
+            )
             same[node.id] = found.same_bytes
             yield found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One artifact that is to be made again."""
+
+    node: Node
+    manifest: Manifest
+    step: Step
+    config: RunConfig
+    replayed: dict[str, Any]
+    """Settings that are not what the recipe says, from dotted name to value."""
+
+
+def _works(original: Lineage, layout: RunLayout, recipe: Recipe, verify: bool) -> list[_Work]:
+    """Return all that is to be made, in order; what cannot be made is found before the first."""
+    threads = threads_of(original, recipe.for_iteration().threads)
+    works = []
+    for node, manifest in original.made():
+        step = step_of(node, original, layout, recipe)
+        used = recorded(recipe, manifest, step.iteration)
+        place = {"verify": verify, "threads": threads[node.id]}
+        config = used.for_iteration(step.iteration).model_copy(update=place)
+        works.append(_Work(node, manifest, step, config, replayed(recipe, used)))
+    return works
 
 
 def _with_places(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -92,6 +154,9 @@ def step_of(node: Node, original: Lineage, layout: RunLayout, recipe: Recipe) ->
         original: the chain that the artifact is of.
         layout: of the other run.
         recipe: names the model that inputs from outside of the run mean.
+
+    Raises:
+        InputError: it was made from something outside of the run that no recipe names.
     """
     manifest = node.manifest
     assert manifest is not None, "what was made has a manifest"
@@ -100,17 +165,14 @@ def step_of(node: Node, original: Lineage, layout: RunLayout, recipe: Recipe) ->
     several: dict[str, list[str]] = {}
     for name, ref in sorted(_inputs(node, original).items(), key=lambda item: _number(item[0])):
         match = _SEVERAL.fullmatch(name)
+        if not ref.inside_run and (match or name in _SINGLE) and name not in _MODELS:
+            raise _from_outside(node, name, ref)
         if match:
             several.setdefault(match[1], []).append(str(layout.root / ref.path))
         elif ref.inside_run and name in _SINGLE:
             options[name] = str(layout.root / ref.path)
         elif name in _MODELS:
             options |= _outside(name, recipe.for_iteration())
-        elif name == "judged":
-            raise InputError(
-                f"{node.path} rests on what an outside judge found ({ref.path}), which spin cannot "
-                "ask again; reproduce the answers that were judged instead"
-            )
     part = manifest.config.get("part")
     if part is not None:
         options["part"] = f"{part['member']}/{part['members']}"
@@ -120,6 +182,18 @@ def step_of(node: Node, original: Lineage, layout: RunLayout, recipe: Recipe) ->
     if stage == "prepare" and node.path != layout.relative(layout.data):
         options["suite"] = Path(node.path).name
     return Step(stage, layout.root / node.path, iteration, options, several)
+
+
+def _from_outside(node: Node, name: str, ref: InputRef) -> InputError:
+    if name == "judged":
+        return InputError(
+            f"{node.path} rests on what an outside judge found ({ref.path}), which spin cannot "
+            "ask again; reproduce the answers that were judged instead"
+        )
+    return InputError(
+        f"{node.path} was made from {ref.path} (its {name}), which lies outside of the run and has "
+        "no place in its recipe; reproduce what is in the run instead"
+    )
 
 
 def _inputs(node: Node, original: Lineage) -> dict[str, InputRef]:
@@ -136,22 +210,14 @@ def _inputs(node: Node, original: Lineage) -> dict[str, InputRef]:
     return inputs
 
 
-def _make(
-    step: Step,
-    manifest: Manifest,
-    layout: RunLayout,
-    recipe: Recipe,
-    place: Mapping[str, bool | int | None],
-) -> Manifest:
-    used = recorded(recipe, manifest, step.iteration)
-    for name, value in replayed(recipe, used).items():
-        log.info("%s: %s=%s, as it was", step.title(), name, value)
-    config = used.for_iteration(step.iteration).model_copy(update=place)
-    if step.stage == "promote":
+def _make(work: _Work, layout: RunLayout) -> Manifest:
+    for name, value in work.replayed.items():
+        log.info("%s: %s=%s, as it was", work.step.title(), name, value)
+    if work.step.stage == "promote":
         from stages import promote
 
-        return promote.run(config, _promote_inputs(manifest, layout), step.out)
-    return execute(step, config)
+        return promote.run(work.config, _promote_inputs(work.manifest, layout), work.step.out)
+    return execute(work.step, work.config)
 
 
 def _promote_inputs(manifest: Manifest, layout: RunLayout) -> "PromoteInputs":

@@ -6,6 +6,7 @@ The stages are fakes where the subject is the chain; the last tests run the true
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from spin_cli.app import app
-from stages.artifacts import Manifest, Outcome, Plan, produce, read_manifest
+from stages.artifacts import Manifest, Outcome, Plan, produce, read_manifest, read_pointer
 from stages.artifacts.locks import hold
 from stages.layout import RunLayout
-from stages.reproduce import compare
+from stages.lineage import trace
+from stages.reproduce import MARK, compare, threads_of
 from tests import fake_stages
 from tests.tiny_loop import RECIPE as TINY
 from tests.tiny_loop import hashes
@@ -144,6 +146,37 @@ class TestTheChain:
         assert not json.loads(("a" / decision).read_bytes())["promoted"], "the test needs a refusal"
         assert set(verdicts(again("a/iterations/000/promote")).values()) == {SAME}
 
+    def test_an_override_of_iterations_does_not_win_over_what_was_used(self) -> None:
+        """Each name stands there already, and the wider one before the narrower."""
+        fake_stages.divergence_by_model["iterations/000/train"] = 40.0
+        play(
+            "adapt.target_kl=2.0",
+            "adapt.highest=0.5",
+            "train.beta=0.2",
+            "iterations.1.train.beta=0.3",
+        )
+        beta = read_manifest(Path("a/iterations/001/train")).config["train"]["beta"]
+        assert beta not in (0.2, 0.3), "the test needs an adaptation"
+        assert set(verdicts(again("a/iterations/001/train")).values()) == {SAME}
+
+    def test_each_artifact_has_the_threads_that_it_was_made_with(self) -> None:
+        play(iterations=2)
+        found = trace([Path("a/iterations/001/train").resolve()], Path("a").resolve())
+        threads = {"models/sft": 4, "iterations/000/score": 1}
+        nodes = {
+            name: replace(
+                node, manifest=node.manifest and node.manifest.model_copy(
+                    update={"info": {"threads": threads[node.path]} if node.path in threads else {}}
+                )
+            )
+            for name, node in found.nodes.items()
+        }  # fmt: skip
+        known = threads_of(replace(found, nodes=nodes), 9)
+        by_place = {found.nodes[name].path: count for name, count in known.items()}
+        assert by_place["models/sft"] == by_place["iterations/000/generate"] == 4
+        assert by_place["iterations/000/score"] == by_place["iterations/001/train"] == 1
+        assert set(threads_of(found, 9).values()) == {9}
+
     def test_pools_and_replayed_pairs_are_given_again(self) -> None:
         play("generate.pool.size=1", "pair.replay.iterations=1")
         assert set(verdicts(again("a/iterations/002/train")).values()) == {SAME}
@@ -170,8 +203,10 @@ class TestWhatIsSaid:
         assert verdicts(found)["iterations/000/evaluate"] == (True, False, None)
         assert not again("a/iterations/000/evaluate", "--tolerance", "0.001", expect=5)["agrees"]
         text = spin("reproduce", "a/iterations/000/evaluate", "--in", "b")
-        assert "same metrics, 1 not quite; other bytes in metrics.json" in text.stdout
-        assert "7 of 8 in every byte, the others in metrics within 0.02" in text.stderr
+        most = "0.014 of it: sampled_accuracy 0.7 there, 0.71 here"
+        line = f"same metrics, 1 not quite (at most {most}); other bytes in metrics.json"
+        assert f"{line}, made by an earlier call" in text.stdout
+        assert "7 of 8 in every byte, 1 in metrics (the largest deviation is 0.014" in text.stderr
 
     def test_other_code_is_told_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         play(iterations=1)
@@ -194,6 +229,64 @@ class TestWhatIsSaid:
 
 @pytest.mark.usefixtures("fakes")
 class TestRefusals:
+    def test_a_copy_of_the_original_is_not_taken_for_what_was_made_again(self) -> None:
+        play(iterations=1)
+        shutil.copytree("a", "b")
+        result = spin("reproduce", "a", "--in", "b", expect=2)
+        assert "b is a run that no reproduction began" in result.stderr
+        assert result.stdout == ""
+        spin("run", "recipe.yaml", "--run", "c", "--iterations", "0")
+        assert "no reproduction began" in spin("reproduce", "a", "--in", "c", expect=2).stderr
+
+    def test_a_reproduction_of_another_run_is_refused_and_a_damaged_mark_too(self) -> None:
+        play(iterations=0)
+        spin("run", "recipe.yaml", "--run", "other", "--iterations", "0")
+        again("a/data")
+        result = spin("reproduce", "other/data", "--in", "b", expect=2)
+        assert f"b is a reproduction of {Path('a').resolve()}" in result.stderr
+        (Path("b") / MARK).write_text("{}")
+        assert "is damaged" in spin("reproduce", "a/data", "--in", "b", expect=4).stderr
+
+    def test_what_is_there_already_is_hashed_before_it_is_called_the_same(self) -> None:
+        play(iterations=1)
+        again("a/iterations/000/pair")
+        result = spin("reproduce", "a/iterations/000/score", "--in", "b")
+        assert "1 made by this call, 4 by earlier ones" in result.stderr
+        assert "data: same bytes, made by an earlier call" in result.stdout
+        file = Path("b/iterations/000/pair/config.json")
+        data = file.read_bytes()
+        file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        result = spin("reproduce", "a/iterations/000/score", "--in", "b", expect=4)
+        assert "b/iterations/000/pair/config.json is damaged" in result.stderr
+        assert "iterations/000/pair: same" not in result.stdout
+
+    def test_what_no_recipe_names_is_found_before_anything_is_made(self) -> None:
+        play("suites.duel={kind: win_rate}", iterations=1)
+        shutil.copytree("a/data", "elsewhere")
+        place = "a/iterations/000/suite-duel"
+        shutil.rmtree(place, ignore_errors=True)
+        spin("evaluate", "--config", "recipe.yaml", "suites.duel={kind: win_rate}",
+             "--suite", "duel", "--data", "a/data", "--model", "a/models/sft",
+             "--against", "elsewhere", "--iteration", "0", "--out", place)  # fmt: skip
+        assert not read_manifest(Path(place)).inputs["against"].inside_run
+        result = spin("reproduce", place, "--in", "b", expect=3)
+        assert "was made from elsewhere (its against), which lies outside of the run" in (
+            result.stderr
+        )
+        assert not Path("b").exists()
+
+    def test_a_champion_that_is_not_the_one_that_was_promoted_is_refused(self) -> None:
+        play(iterations=1)
+        pointer = read_pointer(Path("a/champion"))
+        assert pointer is not None
+        last = pointer.history[-1].model_copy(update={"key": "0" * 64})
+        moved = pointer.model_copy(update={"key": last.key, "history": [last]})
+        Path("a/champion").write_text(moved.to_text())
+        for name in ("a", "a/champion"):
+            result = spin("reproduce", name, "--in", "b", expect=3)
+            assert "than was promoted (key 000000000000)" in result.stderr
+        again("a/iterations/000/train")
+
     def test_a_place_in_a_run_or_one_that_is_taken_is_refused(self) -> None:
         play(iterations=1)
         spin("reproduce", "a", "--in", "a", expect=2)
@@ -262,13 +355,48 @@ class TestTheVerdict:
         one, other = (manifest_of(tmp_path / text, stage, text) for text in "ab")
         assert not compare("x", one, other).agrees
         assert "though its inputs are the same" in compare("x", one, other).text()
-        assert compare("x", one, other, inputs_agree=False).agrees
+        assert compare("x", one, other, inputs_agree=False).agrees is None
+
+    def test_other_bytes_without_any_metric_are_not_said_to_agree(self, tmp_path: Path) -> None:
+        """Also where only the new version measures."""
+        one = manifest_of(tmp_path / "a", "score", "a", counts={"pairs": 3})
+        for name, metrics in (("b", {}), ("c", {"chosen_logprob_per_token": -1.0})):
+            other = manifest_of(
+                tmp_path / name, "score", name, counts={"pairs": 3}, metrics=metrics
+            )
+            found = compare("x", one, other)
+            assert found.agrees is None
+            assert found.text().startswith("not compared: other bytes in a.txt")
+        same = manifest_of(tmp_path / "d", "score", "a", counts={"pairs": 3})
+        assert compare("x", one, same).agrees
+
+    @pytest.mark.parametrize(
+        ("one", "other", "intervals", "agrees"),
+        [
+            ({"a": 0.5}, {"a": 0.54}, {"a": [0.45, 0.55]}, True),
+            ({"a": 0.5}, {"a": 0.54}, {"a": [0.47, 0.53]}, False),
+            ({"a": 1.0}, {"a": 0.99}, {"a": [1.0, 1.0]}, True),
+            ({"a": 1.0}, {"a": 0.97}, {"a": [None, None]}, False),
+            ({"a": 0.01}, {"a": 0.015}, {"b": [0.0, 1.0]}, False),
+            ({"a": 0.01, "a_stderr": 0.004}, {"a": 0.015, "a_stderr": 0.005}, {}, True),
+            ({"a": 0.01, "a_stderr": 0.001}, {"a": 0.015, "a_stderr": 0.001}, {}, False),
+            ({"a": 0.01, "a_stderr": 0.004}, {"a": 0.01, "a_stderr": 0.04}, {}, False),
+            ({"share": 0.0}, {"share": 0.0009}, {}, True),
+            ({"share": 0.0}, {"share": 0.01}, {}, False),
+        ],
+    )
+    def test_what_a_metric_is_uncertain_by_says_how_near_it_must_be(
+        self, tmp_path: Path, one: Any, other: Any, intervals: Any, agrees: bool
+    ) -> None:
+        original = manifest_of(tmp_path / "a", "evaluate", "a", metrics=one)
+        made = manifest_of(tmp_path / "b", "evaluate", "b", metrics=other)
+        assert compare("x", original, made, intervals=intervals).agrees is agrees
 
     @pytest.mark.parametrize(
         ("figures", "others", "agrees"),
         [
-            ({"metrics": {"a": 0.5}}, {"metrics": {"a": 0.519}}, True),
-            ({"metrics": {"a": 0.5}}, {"metrics": {"a": 0.521}}, False),
+            ({"metrics": {"a": 0.5}}, {"metrics": {"a": 0.51}}, True),
+            ({"metrics": {"a": 0.5}}, {"metrics": {"a": 0.519}}, False),
             ({"metrics": {"a": 100.0}}, {"metrics": {"a": 101.9}}, True),
             ({"metrics": {"a": 100.0}}, {"metrics": {"a": 103.0}}, False),
             ({"metrics": {"a": 0.5}}, {"metrics": {}}, False),
@@ -276,7 +404,11 @@ class TestTheVerdict:
             ({"metrics": {"a": True}}, {"metrics": {"a": False}}, False),
             ({"metrics": {"a": "x"}}, {"metrics": {"a": "y"}}, False),
             # a share of the largest count: 3 of 1,000 rows dropped, or 5
-            ({"counts": {"rows": 1000, "bad": 3}}, {"counts": {"rows": 1000, "bad": 5}}, True),
+            (
+                {"metrics": {"a": 1}, "counts": {"rows": 1000, "bad": 3}},
+                {"metrics": {"a": 1}, "counts": {"rows": 1000, "bad": 5}},
+                True,
+            ),
             ({"counts": {"rows": 1000, "bad": 3}}, {"counts": {"rows": 1000, "bad": 40}}, False),
         ],
     )
