@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +41,6 @@ from spin_cli.screen import put, put_json, say, set_up_messages
 
 if TYPE_CHECKING:
     from spin_cli.steps import Step
-    from stages.layout import RunLayout
     from stages.recipe import Recipe
 
 
@@ -363,7 +361,8 @@ def evaluate(
     against: Annotated[
         Path | None,
         typer.Option("--against", help="Of a win rate: an artifact with the answers to compare "
-                     "with. [default: the human ones]", show_default=False),
+                     "with. [default: as the run of the model does, else the human ones]",
+                     show_default=False),
     ] = None,
     judged: Annotated[
         Path | None,
@@ -379,11 +378,13 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Try a model on held-out prompts, or on a suite.
 
-    With an opponent, also compare the two. A suite asked of a model in a run, or given answers that
-    lie in one, takes the run's recipe and data, unless others are given.
+    With an opponent, also compare the two. A model in a run, or answers that lie in one, take the
+    run's recipe, data, and whom its win rates compare with, unless others are given.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.of_run import OfRun, rival_by_hand
     from spin_cli.steps import Step
+    from stages.subjects import player_of
 
     of_suites = {"answers": answers, "against": against, "judged": judged}
     of_itself = {"opponent": opponent, "opponent_revision": opponent_revision,
@@ -393,16 +394,24 @@ def evaluate(
         if value is not None:
             without = "goes with --suite" if suite is None else "does not go with --suite"
             raise typer.BadParameter(f"--{name.replace('_', '-')} {without}")
+    model = None if model is None else player_of(model)
+    run = OfRun.find(model if model is not None or answers is None else str(answers))
+    takes = run is not None and config is None and not shrink
+    if run is not None and takes and data is None:
+        data = run.data_of(suite)
     if suite is None and data is None:
         raise typer.BadParameter("give --data, the output of prepare")
-    whose = model if model is not None or answers is None else str(answers)
-    run = _run_of(whose) if suite is not None and config is None else None
-    recipe = _recipe(config, overrides, shrink=shrink) if run is None else run.recipe(overrides)
-    if run is not None and suite is not None and data is None:
-        data = run.data_of(suite)
+    recipe = (
+        run.recipe(overrides)
+        if run is not None and takes
+        else _recipe(config, overrides, shrink=shrink)
+    )
+    if suite is not None and against is None:
+        of_suites["against"] = rival_by_hand(recipe.for_iteration(iteration), suite, run)
     is_answered = answers is not None and model is None
     options = {} if is_answered else _model(recipe, iteration, model, revision)
     if opponent is not None:
+        of_itself["opponent"] = opponent = player_of(opponent)
         theirs = _model(recipe, iteration, opponent, opponent_revision)
         of_itself["opponent_revision"] = theirs.get("revision")
     more = {"suite": suite, "data": data, **of_suites, **of_itself}
@@ -416,7 +425,10 @@ def evaluate(
 )  # fmt: skip
 def promote(
     run: Run,
-    iteration: MaybeIteration = None,
+    iteration: Annotated[
+        int | None,
+        typer.Option("--iteration", "-t", min=0, help="Whose player to decide on, or to export."),
+    ] = None,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Go back to the champion before.")
     ] = False,
@@ -567,11 +579,13 @@ def run_(
 ) -> None:  # fmt: skip
     """Run the whole loop, or go on where it stopped."""
     set_up_messages(quiet=quiet, verbose=verbose)
+    from spin_cli.amending import kept
     from spin_cli.loop import carry_on, check_stop, commands, rules
+    from spin_cli.rooms import check_rooms
     from spin_cli.views import put_iterations
     from stages.artifacts.locks import hold
     from stages.convergence import distance
-    from stages.errors import ConfigError, GateRefusedError
+    from stages.errors import GateRefusedError
     from stages.layout import RunLayout
     from stages.run_record import start_or_resume
 
@@ -582,6 +596,7 @@ def run_(
         iterations = chosen.for_iteration().stop.max_iterations if until_converged else 1
     if until_converged:
         check_stop(chosen)
+    check_rooms(chosen, iterations)
     if amend and (dry_run or as_rules):
         raise typer.BadParameter("--amend changes a run; it cannot be printed")
     if until_converged and as_rules:
@@ -601,20 +616,17 @@ def run_(
     with hold(layout.lock, f"run {layout.root}"):
         before = start_or_resume(layout, chosen, amend=amend)
         try:
-            reason = carry_on(
-                layout,
-                chosen,
-                iterations,
-                verify=not no_verify,
-                keep_engine=keep_engine,
-                until_converged=until_converged,
-            )
+            with kept(layout, before if amend else None):
+                reason = carry_on(
+                    layout,
+                    chosen,
+                    iterations,
+                    verify=not no_verify,
+                    keep_engine=keep_engine,
+                    until_converged=until_converged,
+                )
         except GateRefusedError:
             put_iterations(layout.root)
-            raise
-        except ConfigError:
-            if amend and before is not None:  # what is done forbids it: the run's recipe stays
-                start_or_resume(layout, before, amend=True)
             raise
         put_iterations(layout.root)
         name = shlex.quote(str(layout.root))
@@ -624,6 +636,8 @@ def run_(
         not_yet = f"not converged after {iterations} iterations, which is all that it may have"
         not_yet += f": {why_not}" if why_not else ""
         say(f"{layout.root}: " + (f"converged: {reason}" if reason else not_yet))
+    if iterations and not layout.champion.exists():
+        say("no player was promoted: the champion is still the start")
 
 
 def _control_arm(run: Path) -> Path:
@@ -873,30 +887,6 @@ def _recipe(
     from spin_cli import recipes
 
     return recipes.load(name, list(overrides or []), source, shrink=shrink)
-
-
-@dataclass(frozen=True)
-class _OfRun:
-    """The run that a model lies in."""
-
-    layout: "RunLayout"
-
-    def recipe(self, overrides: list[str] | None) -> "Recipe":
-        from stages.run_record import read_recipe
-
-        return read_recipe(self.layout).with_overrides(list(overrides or []))
-
-    def data_of(self, suite: str) -> Path | None:
-        own = self.layout.suite_data(suite)
-        return next((place for place in (own, self.layout.data) if place.is_dir()), None)
-
-
-def _run_of(model: str | None) -> _OfRun | None:
-    from stages.artifacts import run_root
-    from stages.layout import RunLayout
-
-    root = run_root(Path(model)) if model is not None and Path(model).exists() else None
-    return None if root is None else _OfRun(RunLayout(root))
 
 
 def _processes(section: str, processes: int | None, gpus: int | None) -> list[str]:

@@ -6,6 +6,7 @@ Exit codes: 0 done or already done, 1 our bug, 2 usage or config, 3 input missin
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 _MOST_NAMES = 10
 """More in one line are not read."""
@@ -40,6 +41,23 @@ class ConfigError(SpinError):
     """Wrong usage or configuration, or an output place that holds something else."""
 
     exit_code = 2
+
+
+class FinishedError(ConfigError):
+    """An output place holds what was finished with other settings."""
+
+    def __init__(self, place: Path, difference: str, setting: str | None) -> None:
+        """Take the place, and in what it differs.
+
+        Args:
+            difference: in words.
+            setting: its dotted name; None where it is no setting.
+        """
+        super().__init__(
+            f"{place} is finished with other settings: {difference}; nothing is overwritten: "
+            "name another place, or delete it"
+        )
+        self.place, self.difference, self.setting = place, difference, setting
 
 
 class InputError(SpinError):

@@ -65,6 +65,7 @@ from stages.errors import (
     ConfigError,
     CorruptError,
     DivergedError,
+    FinishedError,
     NoSpaceError,
     SpinError,
 )
@@ -99,7 +100,8 @@ class Plan:
     @property
     def title(self) -> str:
         """What it is called in messages: a suite by the words that ask it."""
-        return f"evaluate --suite {self.config['suite']}" if self.stage == "suite" else self.stage
+        name = self.config.get("suite") if self.stage == "suite" else None
+        return f"evaluate --suite {name}" if isinstance(name, str) else self.stage
 
     def key_fields(self) -> dict[str, Any]:
         """Return the fields that the key is the hash of."""
@@ -439,10 +441,8 @@ def _existing(out: Path, plan: Plan) -> Manifest | None:
     manifest = read_manifest(out)
     if manifest.key != plan.key:
         difference = first_difference(manifest.key_fields(), plan.key_fields())
-        raise ConfigError(
-            f"{out} is finished with other settings: {difference}; nothing is overwritten: "
-            "name another place, or delete it"
-        )
+        setting = _different_leaf(manifest.config, plan.key_fields()["config"])
+        raise FinishedError(out, difference, setting[0] if setting else None)
     for name, ref in plan.inputs.items():
         if manifest.inputs[name].content != ref.content:
             raise ConfigError(

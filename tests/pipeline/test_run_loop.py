@@ -255,6 +255,27 @@ class TestAnotherRecipe:
     def test_amend_does_not_redo_what_is_done(self) -> None:
         text = run("--amend", "train.beta=0.2", expect=2).stderr
         assert "train is finished with other settings: train.beta: 0.1 there, 0.2 now" in text
+        assert "give it as iterations.1+.train.beta=…, or in the recipe under iterations" in text
+        assert "delete" not in text
+        run("--amend", "iterations.1+.train.beta=0.2")
+        assert read_manifest(Path("a/iterations/001/train")).config["train"]["beta"] == 0.2
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (
+                "promote.gate={at_least: {metric: sampled_accuracy, value: 0.1}}",
+                "000/promote is finished with other settings: promote.gate",
+            ),
+            ("generate.temperature=0.5", "give it as iterations.1+.generate.temperature=…"),
+            ("evaluate.max_new_tokens=7", "evaluate.max_new_tokens holds for the whole run"),
+            ("sft.epochs=2", "sft.epochs holds for the whole run: leave it as it was"),
+        ],
+    )
+    def test_what_is_done_tells_where_a_setting_still_holds(self, words: str, message: str) -> None:
+        text = run("--amend", words, expect=2).stderr
+        assert message in text
+        assert ("iterations.1+.promote.gate=…" in text) == words.startswith("promote.gate")
 
 
 class TestRefusals:
@@ -326,6 +347,17 @@ class TestRefusals:
         done = content("a")
         run(*words, iterations=total, expect=code)
         assert content("a") == done
+
+    @pytest.mark.parametrize("policy", ["player", "champion", "retry"])
+    def test_a_run_of_refusals_alone_says_that_there_is_no_champion(
+        self, policy: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = "no player was promoted: the champion is still the start"
+        monkeypatch.setitem(fake_stages.accuracy_by_model, "iterations/000/train", 0.6)
+        words = [f"promote.on_refusal={policy}", "--quiet"]
+        assert run(*words, iterations=1).stderr.splitlines() == [said]
+        monkeypatch.setitem(fake_stages.accuracy_by_model, "iterations/001/train", 0.9)
+        assert said not in run(*words, iterations=2).stderr
 
     def test_retries_at_an_end_say_so_and_can_be_played_on_from(self) -> None:
         fake_stages.accuracy_by_model.update({f"iterations/{t:03d}/train": 0.7 for t in range(4)})

@@ -60,6 +60,11 @@ class TestHelp:
         assert f"spin {command}" in example
         assert text == spin(*command.split(), "-h").stdout
 
+    def test_an_iteration_of_promote_is_that_of_a_player(self) -> None:
+        text = " ".join(spin("promote", "--help").stdout.split())
+        assert "Whose player to decide on, or to export." in text
+        assert "Whose settings hold" not in text
+
     def test_help_lists_every_command_in_one_line_each(self) -> None:
         text = spin("--help").stdout
         for command in COMMANDS:
