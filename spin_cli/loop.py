@@ -34,7 +34,7 @@ from stages.decisions import (
     replayed,
     rival_evaluation,
 )
-from stages.errors import ConfigError
+from stages.errors import ConfigError, choices
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import Recipe
 
@@ -138,8 +138,8 @@ def _check_gate(recipe: Recipe, start: Manifest, iterations: int) -> None:
         metric = recipe.for_iteration(iteration).promote.metric
         if metric not in start.metrics and not metric.startswith(OF_COMPARISON):
             raise ConfigError(
-                f"promote.metric={metric}: evaluations of this run have no such metric; they have "
-                f"{', '.join(sorted(start.metrics))}, and heldout_… against an opponent"
+                f"promote.metric={metric}: evaluations of this run have no such metric; "
+                f"{choices(metric, start.metrics, 'they have')}, and heldout_… against an opponent"
             )
 
 

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.alarms import FiredAlarm
-from stages.artifacts import Artifact, InputRef, Manifest, open_artifact, read_manifest
+from stages.artifacts import (
+    Artifact,
+    InputRef,
+    Manifest,
+    open_artifact,
+    read_manifest,
+    run_root,
+)
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.config import PromoteConfig, RunConfig
@@ -185,8 +192,9 @@ def measured(artifact: Artifact) -> Measured:
         CorruptError: its bytes have changed.
     """
     has_measures = any(file.path == MEASURES_FILE for file in artifact.manifest.files)
+    root = run_root(artifact.path)
     return Measured(
-        where=f"{artifact.path.parent.name}/{artifact.path.name}",
+        where=str(artifact.path.absolute().relative_to(root) if root else artifact.path),
         metrics=read_object(artifact, METRICS_FILE),
         columns=read_measures(artifact) if has_measures else {},
     )

@@ -24,7 +24,7 @@ from stages.config import (
 )
 from stages.data.measures import Column
 from stages.data.paired import Paired, compare, lower_bound
-from stages.errors import ConfigError, InputError
+from stages.errors import ConfigError, InputError, choices
 
 Figures = dict[str, float | int | str | bool | None]
 
@@ -53,7 +53,7 @@ class Measured:
     """What one evaluation or suite found."""
 
     where: str
-    """Its place, for messages and figures."""
+    """Its place in the run, for messages and figures."""
     metrics: Mapping[str, Any]
     columns: Mapping[str, Column]
     """Of the metrics that are means over examples."""
@@ -130,10 +130,23 @@ def alarms_clear(alarms: Sequence[FiredAlarm], *, any_counts: bool) -> Verdict:
 
 
 def sentences(verdict: Verdict) -> list[str]:
-    """Return the conditions that all have to hold, one sentence each."""
-    if verdict.kind == "all":
-        return [text for child in verdict.children for text in sentences(child)]
-    return [verdict.text]
+    """Return the conditions that all have to hold, one sentence each.
+
+    Where one fails, those that do come first, and the others are marked as passed.
+    """
+    asked = list(_asked(verdict))
+    if verdict.passed:
+        return [each.text for each in asked]
+    failed = [each.text for each in asked if not each.passed]
+    return failed + [f"passed: {each.text}" for each in asked if each.passed]
+
+
+def _asked(verdict: Verdict) -> Iterator[Verdict]:
+    if verdict.kind != "all":
+        yield verdict
+        return
+    for child in verdict.children:
+        yield from _asked(child)
 
 
 def split(metric: str) -> tuple[str | None, str]:
@@ -181,13 +194,12 @@ def check(
     Raises:
         ConfigError: the gate asks for a metric that cannot be had, or compared.
     """
+    check_comparable(config)
     for leaf in leaves(config.promote.gate) if config.promote.gate is not None else ():
         is_paired = leaf.better is not None or leaf.not_worse is not None
         for metric in leaf.metrics():
             asked, name = split(metric)
             of_comparison = asked is None and name.startswith(OF_COMPARISON)
-            if is_paired:
-                _check_comparable(config, asked, metric, of_comparison=of_comparison)
             suite_config = config.suites.get(asked or "")
             if suite is None and isinstance(suite_config, WinRateSuiteConfig):
                 # the start is never asked this suite
@@ -206,33 +218,39 @@ def _check_measured(suite: str | None, metric: str, metrics: Sequence[str]) -> N
     Raises:
         ConfigError: it does not.
     """
-    if split(metric)[1] not in metrics:
+    name = split(metric)[1]
+    if name not in metrics:
+        who = "evaluations have" if suite is None else f"suites.{suite} has"
         raise ConfigError(
             f"promote.gate asks for {metric}, which is not measured in this run; "
-            f"{'evaluations have' if suite is None else f'suites.{suite} has'} "
-            f"{', '.join(sorted(metrics))}"
+            f"{choices(name, metrics, who)}"
         )
 
 
-def _check_comparable(
-    config: RunConfig, suite: str | None, metric: str, *, of_comparison: bool
-) -> None:
-    """Check that a metric is of the player alone.
+def check_comparable(config: RunConfig) -> None:
+    """Check that what a gate compares with a rival's is of the player alone.
 
     Raises:
         ConfigError: it is of the player against a rival that changes.
     """
-    if of_comparison or isinstance(config.suites.get(suite or ""), WinRateSuiteConfig):
-        raise ConfigError(
-            f"promote.gate compares {metric} with a rival's, but it is a comparison itself, of a "
-            "player with whom it played or was asked against; ask for it by at_least"
-        )
+    for leaf in leaves(config.promote.gate) if config.promote.gate is not None else ():
+        if leaf.at_least is not None:
+            continue
+        for metric in leaf.metrics():
+            suite, name = split(metric)
+            of_comparison = suite is None and name.startswith(OF_COMPARISON)
+            if of_comparison or isinstance(config.suites.get(suite or ""), WinRateSuiteConfig):
+                raise ConfigError(
+                    f"promote.gate compares {metric} with a rival's, but it is a comparison "
+                    "itself, of a player with whom it played or was asked against; ask for it by "
+                    "at_least"
+                )
 
 
 def _no_mean(metric: str, means: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"promote.gate asks for {metric} on paired examples, but it is no mean over examples; "
-        f"those are {', '.join(sorted(means))}"
+        f"{choices(split(metric)[1], means, 'those are')}"
     )
 
 
@@ -320,9 +338,9 @@ def _column(measured: Measured, metric: str, name: str) -> Column:
 
 
 def _no_metric(measured: Measured, metric: str) -> ConfigError:
+    known = choices(split(metric)[1], measured.metrics, "it has")
     return ConfigError(
-        f"promote.gate asks for {metric}: {measured.where} has no such metric; it has "
-        f"{', '.join(sorted(measured.metrics))}"
+        f"promote.gate asks for {metric}: {measured.where} has no such metric; {known}"
     )
 
 
@@ -362,13 +380,15 @@ def _length_within(condition: LengthWithinConfig, evidence: Evidence) -> Verdict
     mine = evidence.player[suite]
     if condition.against == "human":
         whose, theirs, their_name = "human one's", mine, "human_mean_tokens"
+        place = "the human answers"
     else:
         rival = evidence.rivals[condition.against]
         whose, theirs, their_name = f"{rival.name}'s", rival.measured[suite], name
+        place = theirs.where
     value = number(_metric(mine, condition.metric, name))
     rival_value = number(_metric(theirs, condition.metric, their_name))
     figures: Figures = {"metric": condition.metric, "against": condition.against}
-    figures |= {"value": value, "rival_value": rival_value, "rival": theirs.where}
+    figures |= {"value": value, "rival_value": rival_value, "rival": place}
     figures |= {"share": condition.share}
     if value is None or not rival_value:
         text = f"{condition.metric} is {shown(value)}, the {whose} {shown(rival_value)}: no length"

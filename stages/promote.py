@@ -26,7 +26,7 @@ from stages.artifacts.pointer import Pointer, PointerEntry, move_pointer, read_p
 from stages.config import OF_COMPARISON, PromoteConfig, RunConfig
 from stages.data.paired import compare
 from stages.decisions import DECISION, METRICS, Decision, read_decision
-from stages.errors import ConfigError, InputError
+from stages.errors import ConfigError, InputError, choices
 from stages.evidence import (
     Opened,
     PromoteInputs,
@@ -41,6 +41,7 @@ from stages.gates import (
     Verdict,
     alarms_clear,
     both,
+    check_comparable,
     judge,
     number,
     reaches,
@@ -68,7 +69,8 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
     by their manifests' inputs, which the evaluation's key vouches for.
 
     Raises:
-        ConfigError: the gate asks for a metric that is not there, or `out` is in no run.
+        ConfigError: the gate asks for a metric that is not there, or compares what is a comparison
+            itself, or `out` is in no run.
         InputError: the evaluation is not one of a model in this run, something on the way to it was
             made anew since, or those compared were not measured alike.
     """
@@ -78,6 +80,7 @@ def run(config: RunConfig, inputs: PromoteInputs, out: Path) -> Manifest:
             f"{out} lies in no run directory, so there is no champion to promote; "
             "start one: spin init RUN --config RECIPE"
         )
+    check_comparable(config)
     gate = config.promote
     opened = open_evidence(gate, inputs, verify=config.verify)
     player = _player(opened.evaluation, root)
@@ -163,13 +166,16 @@ def decide(
     """
     value = _metric(gate.metric, metrics, where)
     champion_value = number((champion_metrics or {}).get(gate.metric))
-    conditions = [alarms_clear(alarms, any_counts=False), _reaches_value(gate, value)]
-    if value is not None and gate.min_gain is not None:
-        conditions.append(_reaches_gain(gate.metric, gate.min_gain, value, champion_value))
+    conditions = list(_of_the_metric(gate, value, champion_value))
     if verdict is not None:
         conditions.append(verdict)
-    whole = both(conditions)
-    refusals = [f"alarm {alarm.name}: {alarm.text}" for alarm in alarms if alarm.refuses]
+    whole = both([alarms_clear(alarms, any_counts=False), *conditions])
+    # that no alarm fired goes without saying
+    refusals = [alarms_clear([alarm], any_counts=False) for alarm in alarms if alarm.refuses]
+    reasons = sentences(both([*refusals, *conditions]))
+    if value is not None and gate.min_value is None:
+        place = 0 if whole.passed else len(reasons)  # what refuses comes first
+        reasons.insert(place, f"{gate.metric} is {shown(value)}")
     return Decision(
         promoted=whole.passed,
         metric=gate.metric,
@@ -177,20 +183,27 @@ def decide(
         champion_value=champion_value,
         min_value=gate.min_value,
         min_gain=gate.min_gain,
-        # that no alarm fired goes without saying
-        reasons=[*refusals, *sentences(both(conditions[1:]))],
+        reasons=reasons,
         alarms=[asdict(alarm) for alarm in alarms],
         verdict=whole.as_dict(),
     )
 
 
-def _reaches_value(gate: PromoteConfig, value: float | None) -> Verdict:
-    text, passed = f"{gate.metric} is {shown(value)}", value is not None
-    if value is not None and gate.min_value is not None:
+def _of_the_metric(
+    gate: PromoteConfig, value: float | None, champion_value: float | None
+) -> Iterator[Verdict]:
+    """Yield the conditions on a gate's own metric, as far as there are any."""
+    text = f"{gate.metric} is {shown(value)}"
+    if value is None:
+        yield Verdict("number", False, text, {"metric": gate.metric})
+        return
+    if gate.min_value is not None:
         passed = value >= gate.min_value
         text += f", which {reaches(passed)} min_value {gate.min_value:g}"
-    figures: Figures = {"metric": gate.metric, "value": value, "min_value": gate.min_value}
-    return Verdict("min_value", passed, text, figures)
+        figures: Figures = {"metric": gate.metric, "value": value, "min_value": gate.min_value}
+        yield Verdict("min_value", passed, text, figures)
+    if gate.min_gain is not None:
+        yield _reaches_gain(gate.metric, gate.min_gain, value, champion_value)
 
 
 def _reaches_gain(
@@ -281,8 +294,7 @@ def _metric(name: str, metrics: Mapping[str, Any], where: str) -> float | None:
     """Return a metric's value, None where it is NaN or infinite (which JSON writes as null)."""
     if name not in metrics:
         raise ConfigError(
-            f"promote.metric={name}: {where} has no such metric; it has "
-            f"{', '.join(sorted(metrics))}"
+            f"promote.metric={name}: {where} has no such metric; {choices(name, metrics, 'it has')}"
         )
     value = metrics[name]
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -49,13 +49,27 @@ class AtLeastConfig(Section):
     """None: the value itself; otherwise its one-sided lower bound."""
 
 
+LENGTH = "sampled_mean_tokens"
+"""The only metric of evaluate that a human answer has in the same unit."""
+
+
 class LengthWithinConfig(Section):
     """The mean length of the player's answers stays near a rival's."""
 
     share: Annotated[float, Field(gt=0, lt=1)]
     """0.2 is at most 20% longer or shorter."""
-    metric: str = "sampled_mean_tokens"
+    metric: str = LENGTH
     against: Literal["champion", "opponent", "start", "human"] = "opponent"
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> "LengthWithinConfig":
+        if self.against == "human" and self.metric != LENGTH:
+            raise ValueError(
+                f"of the human answers nothing but the length is known, so that {self.metric} "
+                f"cannot be against human; name a metric of evaluate that is theirs too ({LENGTH}, "
+                "or leave it out), or another rival"
+            )
+        return self
 
 
 class ConditionConfig(Section):
@@ -69,6 +83,16 @@ class ConditionConfig(Section):
     length_within: LengthWithinConfig | None = None
     alarms_clear: Literal["refuse", "note"] | None = None
     """refuse: no alarm that refuses fired (which holds in any case); note: none at all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_list(cls, given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            raise ValueError(
+                "one condition is needed; several go into {all: [...]}, or {any: [...]} where one "
+                "is enough"
+            )
+        return given
 
     @model_validator(mode="after")
     def _is_one(self) -> "ConditionConfig":

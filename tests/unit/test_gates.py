@@ -209,6 +209,27 @@ class TestOthers:
             assert verdict.passed is passed
             assert "the 95% lower bound" in verdict.text
 
+    @pytest.mark.parametrize(("count", "passed"), [(1, False), (4, False), (5, True)])
+    def test_few_values_that_all_agree_have_no_lower_bound(self, count: int, passed: bool) -> None:
+        """At 95% five tell one, as of coins that all fall alike: 0.5^5 is 3%."""
+        values = column([0.5] * count)
+        assert lower_bound(values, 0.95) == (0.5 if passed else None)
+        asked = {"metric": "score", "value": 0.4, "confidence": 0.95}
+        given = Evidence({None: measured({"score": values})}, {})
+        verdict = judge(condition(at_least=asked), given)
+        assert verdict.passed is passed
+        assert ("too few for a 95% lower bound" in verdict.text) is not passed
+        json.dumps(verdict.as_dict(), allow_nan=False)
+
+    def test_few_gains_that_all_agree_are_told_without_a_bound(self) -> None:
+        given = Evidence(
+            {None: measured({"score": column([0.75] * 3)})},
+            {"champion": Rival("champion", {None: measured({"score": column([0.5] * 3)})})},
+        )
+        verdict = judge(condition(better={"metric": "score"}), given)
+        assert not verdict.passed
+        assert "+0.25 (95% lower bound unknown, for so few examples agree)" in verdict.text
+
     def test_a_metric_that_could_not_be_had_refuses(self) -> None:
         verdict = judge(condition(at_least={"metric": "broken", "value": 0.0}), evidence())
         assert not verdict.passed
@@ -226,6 +247,8 @@ class TestOthers:
         verdict = judge(condition(length_within={"share": share, "against": against}), evidence())
         assert verdict.passed is passed
         assert said in verdict.text
+        whom = {"champion": "000/evaluate", "human": "the human answers"}
+        assert verdict.figures["rival"] == whom[against]
 
     @pytest.mark.parametrize(
         ("counts", "alarms", "passed"),
@@ -291,7 +314,10 @@ class TestCombinations:
         passed = judge(condition(any=[FAILS, HOLDS]), evidence())
         assert "is below" not in passed.text
         whole = judge(condition(all=[HOLDS, {"all": [HOLDS, FAILS]}]), evidence())
-        assert len(sentences(whole)) == 3
+        told = sentences(whole)
+        assert len(told) == 3
+        assert "is below 0.9" in told[0]
+        assert all(each.startswith("passed: accuracy is ") for each in told[1:])
 
     def test_a_verdict_is_plain_json(self) -> None:
         verdict = judge(condition(all=[better(), not_worse(), HOLDS]), evidence())
@@ -337,12 +363,63 @@ class TestMistakes:
             ({"better": {"metric": "a", "confidence": 0.9999}}, "less than or equal to 0.999"),
             ({"not_worse": {"metric": "a", "margin": 0}}, "greater than 0"),
             ({"length_within": {"share": 1}}, "less than 1"),
+            (
+                {"length_within": {"share": 0.2, "metric": "accuracy", "against": "human"}},
+                "nothing but the length is known, so that accuracy cannot be against human",
+            ),
+            (
+                {"length_within": {"share": 0.1, "metric": "q.mean_tokens", "against": "human"}},
+                r"q\.mean_tokens cannot be against human; name a metric of evaluate",
+            ),
             ({"better": {"metric": "a", "against": "human"}}, "'champion', 'opponent' or 'start'"),
         ],
     )
     def test_a_gate_that_means_nothing_is_no_recipe(self, gate: Any, message: str) -> None:
         with pytest.raises(ValidationError, match=message):
             ConditionConfig.model_validate(gate)
+
+
+class TestTypos:
+    """The nearest name comes first, and a line stays short."""
+
+    @pytest.mark.parametrize(
+        ("gate", "message"),
+        [
+            (
+                "[{alarms_clear: note}]",
+                r"promote\.gate=.*one condition is needed; several go into \{all: \[\.\.\.\]\}",
+            ),
+            ("3", r"promote\.gate=3: a mapping is needed"),
+            (
+                "{any: [{nope: 1}]}",
+                r"key promote\.gate\.any\.0\.nope; known here: alarms_clear, all, any, at_least, "
+                "better, length_within, not_worse$",
+            ),
+            ("{beter: {metric: a}}", r"key promote\.gate\.beter; did you mean better\? "),
+            (
+                "{any: [{all: [{better: {metrc: a}}]}]}",
+                r"key promote\.gate\.any\.0\.all\.0\.better\.metrc; did you mean metric\? ",
+            ),
+            ("{any: {alarms_clear: note}}", r"promote\.gate\.any=.*: a list is needed"),
+        ],
+    )
+    def test_a_gate_in_another_form(self, gate: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(None, [f"promote.gate={gate}"])
+
+    def test_a_metric_that_is_nearly_one(self) -> None:
+        metrics = [f"sampled_figure_{i}" for i in range(40)] + ["sampled_accuracy"]
+        config = load_recipe(
+            None, ["promote.gate={better: {metric: sampled_acuracy}}"]
+        ).for_iteration()
+        with pytest.raises(ConfigError, match=r"; did you mean sampled_accuracy\? ") as caught:
+            check(config, None, metrics, metrics)
+        assert "evaluations have sampled_accuracy, " in str(caught.value)
+        assert str(caught.value).endswith(" and 31 more")
+        given = Evidence({None: measured(dict.fromkeys(metrics, column([1.0])))}, {})
+        asked = condition(at_least={"metric": "sampled_acuracy", "value": 0})
+        with pytest.raises(ConfigError, match=r"did you mean sampled_accuracy\? it has .* 31 more"):
+            judge(asked, given)
 
 
 class TestBeforeTraining:
@@ -395,3 +472,15 @@ class TestBeforeTraining:
         self.check("{at_least: {metric: duel.win_rate, value: 0.5}}", None, wins)
         with pytest.raises(ConfigError, match="is a comparison itself"):
             self.check("{better: {metric: duel.win_rate}}", None, wins)
+
+    def test_a_win_rates_metrics_are_known_before_it_is_asked(self) -> None:
+        """The start is never asked such a suite, so its evaluation cannot tell."""
+        wins = "suites.duel={kind: win_rate, reward: {name: gsm8k}}"
+        self.check("{at_least: {metric: duel.mean_characters, value: 9}}", None, wins)
+        for metric in ("win_rat", "position_flip_share"):
+            gate = f"{{at_least: {{metric: duel.{metric}, value: 0.5}}}}"
+            with pytest.raises(ConfigError, match=rf"duel\.{metric}, which is not measured .*duel"):
+                self.check(gate, None, wins)
+        reward = "{name: judge, judge: {url: 'http://x/v1', model: m}}"
+        judged = f"suites.duel={{kind: win_rate, reward: {reward}}}"
+        self.check("{at_least: {metric: duel.position_flip_share, value: 0}}", None, judged)

@@ -123,6 +123,32 @@ def test_the_gate(
     assert decision.value is None or decision.value == value
 
 
+def test_what_refuses_comes_first_and_what_holds_is_marked() -> None:
+    gate = PromoteConfig(metric="a", min_value=0.5, min_gain=0.1)
+    refused = promote.decide(gate, {"a": 0.6}, {"a": 0.55}, "here", [REFUSED])
+    assert [reason.split(",")[0] for reason in refused.reasons] == [
+        "alarm human_fall: human responses fell",
+        "the gain of 0.05 on the champion's 0.55 is below min_gain 0.1",
+        "passed: a is 0.6",
+    ]
+    promoted = promote.decide(gate, {"a": 0.7}, {"a": 0.55}, "here")
+    assert promoted.reasons[0] == "a is 0.7, which reaches min_value 0.5"
+    assert not any("passed" in reason for reason in promoted.reasons)
+    gate = PromoteConfig(metric="a", min_gain=0.1)
+    assert promote.decide(gate, {"a": 0.6}, {"a": 0.55}, "here").reasons[-1] == "a is 0.6"
+
+
+def test_the_tree_has_what_was_asked_and_no_more() -> None:
+    def kinds(value: float | None, **gate: float) -> list[tuple[str, bool]]:
+        tree = promote.decide(PromoteConfig(metric="a", **gate), {"a": value}, None, "x").verdict
+        assert tree is not None
+        return [(child["kind"], child["passed"]) for child in tree["children"]]
+
+    assert kinds(0.56) == [("alarms_clear", True)]
+    assert kinds(0.56, min_value=0.5) == [("alarms_clear", True), ("min_value", True)]
+    assert kinds(None) == kinds(None, min_gain=0.1) == [("alarms_clear", True), ("number", False)]
+
+
 def test_a_champions_nan_is_nothing_to_compare_with() -> None:
     decision = promote.decide(
         PromoteConfig(metric="a", min_gain=0.1), {"a": 1}, {"a": None}, "here"
@@ -520,14 +546,25 @@ class TestGates:
         assert decision.verdict is not None
         assert decision.verdict["kind"] == "all"
         kinds = [child["kind"] for child in decision.verdict["children"]]
-        assert kinds == ["alarms_clear", "min_value", "better"]
-        figures = decision.verdict["children"][2]["figures"]
+        assert kinds == ["alarms_clear", "better"], "and none that nobody set"
+        figures = decision.verdict["children"][1]["figures"]
         assert (figures["wins"], figures["rival"], figures["method"]) == (
             20, "start/evaluate", "mcnemar",
         )  # fmt: skip
         assert decision.gain is not None
         assert (decision.gain["gain"], decision.gain["confidence"]) == (pytest.approx(0.1), 0.95)
         assert decision.gain["rival"] == "start/evaluate"
+
+    @pytest.mark.parametrize("metric", ["heldout_reward_accuracy", "duel.win_rate"])
+    def test_a_comparison_is_compared_with_no_rivals(self, metric: str, tmp_path: Path) -> None:
+        duel = "suites.duel={kind: win_rate, reward: {name: gsm8k}}"
+        layout, recipe = self.run(tmp_path, "null", duel)
+        self.play(layout, 0, range(80))
+        for kind in ("better: {", "not_worse: {margin: 0.1, ", "length_within: {share: 0.1, "):
+            asked = recipe.with_overrides([f"promote.gate={{{kind}metric: {metric}}}}}"])
+            with pytest.raises(ConfigError, match=f"compares {metric} with a rival's, but it is a"):
+                decide(layout, asked, 0)
+        assert not layout.stage(0, "promote").exists()
 
     def test_a_gain_is_told_without_any_gate(self, tmp_path: Path) -> None:
         layout, recipe = self.run(tmp_path, "null", "promote.min_gain=0.01")
@@ -558,7 +595,8 @@ class TestGates:
         assert decision.verdict is not None
         asked = decision.verdict["children"][-1]["children"]
         assert [(c["figures"]["against"], c["figures"]["rival"]) for c in asked] == [
-            ("champion", "000/evaluate"), ("opponent", "001/evaluate"), ("start", "start/evaluate"),
+            ("champion", "iterations/000/evaluate"), ("opponent", "iterations/001/evaluate"),
+            ("start", "start/evaluate"),
         ]  # fmt: skip
         inputs = read_manifest(layout.stage(2, "promote")).inputs
         assert {name: ref.path for name, ref in inputs.items() if name != "evaluation"} == {

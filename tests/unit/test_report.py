@@ -191,7 +191,7 @@ def test_figures_stand_in_the_page_as_the_stages_wrote_them(made: RunLayout, pag
         for name in ("sampled_accuracy", "heldout_reward_accuracy", "heldout_kl"):
             value = metrics[name]
             assert isinstance(value, float)
-            shown = numbers.metric(name, value)
+            shown = numbers.Units().metric(name, value)
             assert any(cell == shown or cell.startswith(f"{shown} (") for cell in cells), name
     assert "0.6931 → 0.2931" in cells
     assert cells.count("1,000") == 3, "train's tokens, by iteration"
@@ -355,7 +355,7 @@ def test_the_gates_verdict_is_shown_as_a_tree(run: RunLayout) -> None:
      {"figures": [1], "children": {"a": 1}, "passed": "yes"}],
 )  # fmt: skip
 def test_a_verdict_of_any_shape_can_be_shown(run: RunLayout, junk: Any) -> None:
-    found = verdict(junk)
+    found = verdict(junk, numbers.Units())
     assert (found is None) == (not isinstance(junk, dict))
     shutil.rmtree(run.stage(2, "promote"))
     made_runs.decide(run, 2, verdict=junk, gain=junk)
@@ -714,7 +714,30 @@ def test_only_the_report_loads_matplotlib(made: RunLayout) -> None:
     ],
 )  # fmt: skip
 def test_numbers_are_written_for_people(name: str, value: float, shown: str) -> None:
-    assert numbers.metric(name, value) == shown
+    assert numbers.Units().metric(name, value) == shown
+
+
+@pytest.mark.parametrize("reward", ["python", "model", "exact"])
+def test_rewards_of_any_scale_are_no_percentages(tmp_path: Path, reward: str) -> None:
+    overrides = [
+        f"reward.name={reward}", "reward.python.file=x.py", "reward.model.path=x",
+        "suites.sums={kind: task}", "suites.right={kind: task, reward: {name: gsm8k}}",
+        "suites.mmlu={kind: lm_eval, tasks: [mmlu]}",
+    ]  # fmt: skip
+    layout = write_run(tmp_path / "run", 1, *overrides)
+    units, is_share = collect(layout.root).units, reward == "exact"
+    for name in ("sampled_accuracy", "greedy_accuracy", "sums.accuracy", "sums.greedy_accuracy"):
+        assert units.is_share(name) is is_share, name
+    for name in ("heldout_reward_accuracy", "right.accuracy", "sums.pass@4", "sums.cut_off_share"):
+        assert units.is_share(name), name
+    shutil.rmtree(layout.stage(0, "promote"))
+    made_runs.decide(layout, 0, value=1.05, gain={"metric": "sampled_accuracy", "gain": 0.25})
+    text = report(layout).text()
+    assert ("the start: +0.05" in text) is not is_share
+    assert ("the start: +5.0 points" in text) is is_share
+    assert ("sampled_accuracy 1.050," in text) is not is_share
+    assert ("gain +0.25" in text) is not is_share
+    assert ("gain +25.0 points" in text) is is_share
 
 
 def test_json_of_a_decision_is_what_the_page_reads(made: RunLayout) -> None:
