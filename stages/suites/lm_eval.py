@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from stages.artifacts import Manifest, Outcome, Plan, TableWriter, Workspace, produce, read_manifest
 from stages.artifacts.keys import sha256_file
 from stages.artifacts.manifest import MANIFEST_NAME, content_hash
-from stages.config import ChatConfig, LmEvalSuiteConfig
+from stages.config import ChatConfig, EngineConfig, LmEvalSuiteConfig
 from stages.config.suites import LEADERBOARD
 from stages.data.chat import (
     TEMPLATE_FILE,
@@ -28,6 +28,7 @@ from stages.data.chat import (
 )
 from stages.data.measures import write_measures
 from stages.data.rows import DROPPED, SUITE_EXAMPLES
+from stages.engines import gpus_used
 from stages.engines.vllm import CPU_KV_CACHE_BYTES, is_cpu_build, vllm_variables
 from stages.errors import ConfigError, InputError, SpinError
 from stages.model.base import is_adapter
@@ -241,6 +242,22 @@ def model_arguments(suite: LmEvalSuiteConfig, folder: Path) -> dict[str, Any]:
     return arguments | suite.model_args
 
 
+def gpus_of(suite: LmEvalSuiteConfig) -> int:
+    """Return how many GPUs the library computes on."""
+    arguments = suite.model_args
+    if suite.backend == "vllm":
+        sizes = {
+            "tensor_parallel_size": arguments.get("tensor_parallel_size", 1),
+            "processes": arguments.get("data_parallel_size", 1),
+        }
+        return gpus_used(EngineConfig.model_validate({"name": "vllm", **sizes}))
+    if arguments.get("parallelize") or arguments.get("device_map"):
+        import torch
+
+        return torch.cuda.device_count()
+    return 0 if arguments.get("device") == "cpu" else gpus_used(EngineConfig())
+
+
 def _write(
     space: Workspace,
     suite: LmEvalSuiteConfig,
@@ -275,5 +292,6 @@ def _write(
             **({"unscored": len(without)} if without else {}),
         },
         metrics=metrics,
+        info={"gpus": gpus_of(suite)},
         peak_memory_bytes=int(results["peak_memory_bytes"]),
     )

@@ -28,6 +28,7 @@ from stages.config import EngineConfig, SamplingConfig, WinRateSuiteConfig
 from stages.data.chat import chat_fingerprints, make_renderer
 from stages.data.measures import Measure, write_measures
 from stages.data.rows import EXAMPLES, JUDGEMENTS, SUITE_EXAMPLES
+from stages.engines import gpus_used
 from stages.errors import ConfigError, InputError
 from stages.model.source import ModelSource
 from stages.rewards import RewardSource, find_reward
@@ -104,6 +105,7 @@ def run(work: SuiteWork, suite: WinRateSuiteConfig) -> Manifest:
     config, reward = work.config, _find_reward(work, suite)
     sources, refs = _open(work)
     asked = sources.model
+    _warn_of_other_ways(work, suite, sources)
     plan = Plan(
         stage=STAGE,
         format_version=FORMAT_VERSION,
@@ -124,8 +126,11 @@ def run(work: SuiteWork, suite: WinRateSuiteConfig) -> Manifest:
             ours = answers_of(sources.answers, suite.answers)
         else:
             ours = _ask(work, suite, asked, rows, space)
-        pairs, counts = _pairs(sources, suite, rows, ours)
-        return _fill(space, work.inputs.name, suite, pairs, reward, counts)
+        pairs, counts = _pairs(work.inputs.name, sources, suite, rows, ours)
+        outcome = _fill(space, work.inputs.name, suite, pairs, reward, counts)
+        return (
+            outcome if asked is None else replace(outcome, info={"gpus": gpus_used(_engine(work))})
+        )
 
     return produce(work.out, plan, fill, resumable=True, reuse=True)
 
@@ -185,6 +190,35 @@ def _open(work: SuiteWork) -> tuple[_Sources, dict[str, InputRef]]:
     return _Sources(data, None, model, against), refs | {"model": model.ref}
 
 
+def _warn_of_other_ways(work: SuiteWork, suite: WinRateSuiteConfig, sources: _Sources) -> None:
+    """Tell which settings the two sides were asked with differ: those may win, not the model."""
+    if sources.against is None:
+        return
+    answers = sources.answers
+    ours = _ways(_asking(work) if answers is None else answers.manifest.config, suite)
+    theirs = _ways(sources.against.manifest.config, suite)
+    shown = exchange.shown
+    differing = [
+        f"{name} {shown(ours[name], 30)} and {shown(theirs[name], 30)}"
+        for name in sorted(ours.keys() & theirs.keys())
+        if ours[name] != theirs[name]
+    ]
+    if differing:
+        _log.warning(
+            "evaluate --suite %s: our answers and those of %s were asked for in different ways "
+            "(%s), which the win rate tells too", work.inputs.name, sources.against.path,
+            "; ".join(differing),
+        )  # fmt: skip
+
+
+def _ways(config: Mapping[str, Any], suite: WinRateSuiteConfig) -> dict[str, Any]:
+    """Return those settings of an evaluation or a suite that decide its answers, by their names."""
+    drawn = config.get("evaluate") or config.get("sampling") or config
+    names = ["max_new_tokens"] if suite.answers == "greedy" else [*SamplingConfig.model_fields]
+    chat = {f"chat.{name}": value for name, value in (config.get("chat") or {}).items()}
+    return {name: drawn[name] for name in names if name in drawn} | chat
+
+
 def _open_answers(path: Path | None, verify: bool) -> Artifact | None:
     if path is None:
         return None
@@ -232,6 +266,7 @@ def _ask(
 
 
 def _pairs(
+    name: str,
     sources: _Sources,
     suite: WinRateSuiteConfig,
     rows: Sequence[Row],
@@ -265,8 +300,9 @@ def _pairs(
     missing = counts["dropped_no_other_answer"]
     if missing:
         _log.warning(
-            "suite: %d of %d prompts have no answer to compare with; they are left out",
-            missing, len(pairs) + missing,
+            "evaluate --suite %s: %d of %d prompts have no answer to compare with; they are left "
+            "out",
+            name, missing, len(pairs) + missing,
         )  # fmt: skip
     return pairs, dict(counts)
 

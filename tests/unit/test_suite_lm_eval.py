@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from stages import suite
 from stages.artifacts import Manifest, open_artifact, read_rows
-from stages.config import LmEvalSuiteConfig, RunConfig
+from stages.config import EngineConfig, LmEvalSuiteConfig, RunConfig
 from stages.config.suites import LEADERBOARD
 from stages.data.measures import INTERVALS_FILE, read_measures
 from stages.data.rows import SUITE_EXAMPLES
+from stages.engines import gpus_used
 from stages.errors import ConfigError, EngineError, InputError
 from stages.suites import lm_eval, lm_eval_child
 from stages.suites.base import SuiteInputs
@@ -131,6 +132,31 @@ def test_a_model_is_never_loaded_with_its_own_code_or_from_pickle(
     monkeypatch.setattr(lm_eval, "is_cpu_build", lambda: False)
     gpu = lm_eval.model_arguments(config_of(backend="vllm"), Path("m"))
     assert not {"enforce_eager", "kv_cache_memory_bytes"} & gpu.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus"),
+    [
+        ({}, 1),
+        ({"model_args": {"device": "cpu"}}, 0),
+        ({"model_args": {"parallelize": True}}, 8),
+        ({"backend": "vllm"}, 1),
+        (
+            {
+                "backend": "vllm",
+                "model_args": {"tensor_parallel_size": 2, "data_parallel_size": 3},
+            },
+            6,
+        ),
+    ],
+)
+def test_the_gpus_of_a_suite_are_those_that_the_library_takes(
+    settings: dict[str, Any], gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert lm_eval.gpus_of(config_of(**settings)) == gpus
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert lm_eval.gpus_of(config_of(**settings)) == 0
 
 
 @pytest.mark.parametrize("made", ["nothing", "empty"])
@@ -422,6 +448,7 @@ def test_groups_functions_and_metrics_that_are_no_means(
         limit=5,
         apply_chat_template=True,
     )
+    assert done.info["gpus"] == gpus_used(EngineConfig())
     measures = read_measures(open_artifact(out))
     assert sorted(measures) == [
         f"{task}.{metric}"

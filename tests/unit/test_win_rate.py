@@ -275,6 +275,57 @@ def test_another_suites_answers_will_do(
     assert wins(tmp_path / "out") == {1: 1.0, 2: 1.0, 3: 0.0, 4: 0.5}
 
 
+WAYS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8}
+NO_CHAT = {"template": None, "system": None, "prompt_suffix": ""}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "which", "told"),
+    [
+        ({}, {}, "sampled", None),
+        ({}, {"max_new_tokens": 9, "temperature": 0.5}, "sampled",
+         "(max_new_tokens 8 and 9; temperature 1.0 and 0.5)"),
+        ({}, {"temperature": 0.5}, "greedy", None),
+        ({"max_new_tokens": 9}, {}, "greedy", "(max_new_tokens 9 and 8)"),
+        ({"system": "Be brief. " * 9}, {}, "sampled",
+         "(chat.system Be brief. Be brief. Be brief. … and null)"),
+    ],
+)  # fmt: skip
+def test_sides_that_were_asked_in_different_ways_are_told(
+    ours: dict[str, Any], theirs: dict[str, Any], which: str, told: str | None,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    places = []
+    for name, change, said in (("ours", ours, OURS), ("theirs", theirs, THEIRS)):
+        settings = {
+            "evaluate": {key: change.get(key, value) for key, value in WAYS.items()},
+            "chat": {key: change.get(key, value) for key, value in NO_CHAT.items()},
+        }
+        answers = {number: (text, text) for number, text in said.items()}
+        place = tmp_path / name
+        places.append(make_evaluation(place, name, answers=answers, config=settings))
+    compare(tmp_path / "out", make_data(tmp_path / "data", HUMANS), *places, answers=which)
+    lines = [record.getMessage() for record in caplog.records if "different ways" in record.msg]
+    assert [told in line for line in lines] == ([] if told is None else [True])
+
+
+def test_a_model_that_is_asked_now_is_asked_as_the_other_side_was_or_told(
+    tmp_path: Path, sides: tuple[Path, Path, Path], tiny_model_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    data, model = sides[0], str(tiny_model_dir)
+    answers = {number: (text, None) for number, text in THEIRS.items()}
+    ways = {"evaluate": WAYS, "chat": NO_CHAT}
+    theirs = make_evaluation(tmp_path / "other", "them", answers=answers, config=ways)
+    engine = Replies(tiny_model_dir, lambda request: "#### 1")
+    for tokens, told in ((8, False), (9, True)):
+        run = {"evaluate": {"max_new_tokens": tokens, "engine": {"name": "vllm", "gpus": 2}}}
+        out = tmp_path / str(tokens)
+        made = compare(out, data, None, theirs, model=model, engine=engine, of_run=run)
+        assert made.info["gpus"] == 2
+        assert ("different ways (max_new_tokens 9 and 8)" in caplog.text) == told
+
+
 def test_settings_enter_the_key_and_who_is_played_against_by_the_answers_alone(
     tmp_path: Path, sides: tuple[Path, Path, Path]
 ) -> None:
