@@ -6,23 +6,25 @@ from typing import Any
 from spin_cli.screen import put, put_table
 from stages.headlines import in_order
 from stages.layout import RunLayout
+from stages.reporting.numbers import Units
+from stages.run_record import read_recipe
 from stages.status import stage_state, status
 
 MISSING = "-"
 MAX_COLUMNS = 5
 """Figures of a suite that are shown."""
 _COLUMNS = (
-    ("sampled", "sampled_accuracy", ".1%"),
-    ("greedy", "greedy_accuracy", ".1%"),
-    ("identical", "identical_share", ".1%"),
-    ("held-out accuracy", "heldout_reward_accuracy", ".1%"),
-    ("margin", "heldout_reward_margin", ".3f"),
+    ("sampled", "sampled_accuracy"),
+    ("greedy", "greedy_accuracy"),
+    ("identical", "identical_share"),
+    ("held-out accuracy", "heldout_reward_accuracy"),
+    ("margin", "heldout_reward_margin"),
 )
 
 
 def put_iterations(run: Path) -> None:
     """Print one row an iteration: accuracies, margins, seconds, decision."""
-    _put_iterations(status(run))
+    _put_iterations(status(run), _units(run))
 
 
 def put_status(run: Path) -> None:
@@ -46,7 +48,7 @@ def put_status(run: Path) -> None:
         if row["converged"]:
             put(f"  converged: {row['converged']}")
     put("")
-    _put_iterations(found)
+    _put_iterations(found, _units(run))
     _put_suites(found)
 
 
@@ -87,16 +89,20 @@ def _course(row: dict[str, Any]) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
-def _put_iterations(found: dict[str, Any]) -> None:
-    titles = ["iteration", *(title for title, _, _ in _COLUMNS), "seconds", "decision"]
-    rows = [["start", *_cells(found["start"]), MISSING, MISSING]]
+def _units(run: Path) -> Units:
+    return Units.of(read_recipe(RunLayout(run)).configs())
+
+
+def _put_iterations(found: dict[str, Any], units: Units) -> None:
+    titles = ["iteration", *(title for title, _ in _COLUMNS), "seconds", "decision"]
+    rows = [["start", *_cells(found["start"], units), MISSING, MISSING]]
     for row in found["iterations"]:
         seconds = [stage["seconds"] for stage in row["stages"].values()]
         total = sum(s for s in seconds if s is not None)
         rows.append(
             [
                 str(row["index"]),
-                *_cells(row),
+                *_cells(row, units),
                 f"{total:.1f}",
                 _decision(row, found["champion"]),
             ]
@@ -104,13 +110,15 @@ def _put_iterations(found: dict[str, Any]) -> None:
     put_table(titles, rows)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], units: Units) -> list[str]:
     """Return what was measured; the first figure with half the width of its interval."""
-    values = [(row["metrics"].get(name), form) for _, name, form in _COLUMNS]
+    names = [name for _, name in _COLUMNS]
+    forms = [".1%" if units.is_share(name) else ".3f" for name in names]
+    values = [(row["metrics"].get(name), form) for name, form in zip(names, forms, strict=True)]
     cells = [format(v, form) if isinstance(v, int | float) else MISSING for v, form in values]
-    low, high = row["intervals"].get(_COLUMNS[0][1]) or (None, None)
+    low, high = row["intervals"].get(names[0]) or (None, None)
     if low is not None and high is not None:
-        cells[0] += f" ±{(high - low) / 2:.1%}".removesuffix("%")
+        cells[0] += f" ±{(high - low) / 2:{forms[0]}}".removesuffix("%")
     return cells
 
 

@@ -124,6 +124,10 @@ class Recipe:
         after = (span.last + 1 for span in spans if span.last is not None)
         return sorted({0, *(span.first for span in spans), *after})
 
+    def configs(self) -> list[RunConfig]:
+        """Return all settings that there are: outside the iterations, and from each turn on."""
+        return [self.for_iteration(point) for point in (None, *self.turning_points())]
+
     def settings(self, iteration: int | None = None) -> dict[str, Any]:
         """Return what decides the results of one iteration, from dotted name to value."""
         return _flatten(self.for_iteration(iteration).identity())

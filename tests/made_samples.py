@@ -83,7 +83,8 @@ def write_evaluation(
         metrics = write_measures(space, evaluate.measured(rows), evaluate.summarize(rows))
         return Outcome(counts={"prompts": len(rows)}, metrics=metrics)
 
-    settings = {"made": out.parent.name, **(config or {})}
+    # Keys differ as those of real evaluations do; seeds decide draws, and not what is measured.
+    settings = {"seed": out.parent.name, **(config or {})}
     produce(out, Plan("evaluate", evaluate.FORMAT_VERSION, settings, inputs, {}), fill)
 
 

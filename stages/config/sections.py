@@ -473,6 +473,14 @@ class RewardConfig(Section):
     model: ModelRewardConfig = ModelRewardConfig()
     judge: JudgeRewardConfig = JudgeRewardConfig()
 
+    @property
+    def is_a_share(self) -> bool:
+        """Whether a mean of its scores is a share, of right answers or of wins.
+
+        A function and a model score on scales of their own.
+        """
+        return self.name not in ("python", "model")
+
     def identity(self) -> dict[str, Any]:
         """Return the name, and what decides the result of the section of that name."""
         section = getattr(self, self.name, None)

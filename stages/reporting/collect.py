@@ -27,10 +27,11 @@ from stages.data.measures import (
     read_measures,
 )
 from stages.data.rows import EXAMPLES, SFT_METRICS, TRAIN_METRICS
-from stages.decisions import DECISION
+from stages.decisions import DECISION, outcome
 from stages.errors import InputError, SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import Recipe
+from stages.reporting.numbers import Units
 from stages.run_record import read_recipe
 from stages.status import stage_state
 
@@ -138,6 +139,11 @@ class RunView:
     def config(self) -> RunConfig | None:
         """The recipe as it stands outside the iterations."""
         return self.recipe.for_iteration() if self.recipe else None
+
+    @property
+    def units(self) -> Units:
+        """How the run's metrics are written; where the recipe cannot be read, by their names."""
+        return Units.of(self.recipe.configs()) if self.recipe else Units()
 
     def pieces(self) -> Iterator[Piece]:
         """Yield all artifacts, in the order in which they are made."""
@@ -396,17 +402,9 @@ class _Reader:
 def _outcome(
     layout: RunLayout, index: int, decision: Mapping[str, Any] | None, pointer: Pointer | None
 ) -> str:
-    path = layout.relative(layout.stage(index, "train"))
-    if pointer is not None and pointer.path == path:
-        return "champion"
-    if decision is None:
-        return "undecided"
-    if not decision.get("promoted"):
-        return "refused"
-    history = pointer.history if pointer else []
-    was_there = any(entry.path == path for entry in history)
-    on_trail = pointer is not None and any(entry.path == path for entry in pointer.trail())
-    return "rolled back" if was_there and not on_trail else "promoted"
+    promoted = bool(decision and decision.get("promoted"))
+    found = outcome(layout, index, promoted=promoted, pointer=pointer)
+    return "undecided" if decision is None and found != "champion" else found
 
 
 def _in_order(pieces: list[Piece]) -> tuple[Piece, ...]:

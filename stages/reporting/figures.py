@@ -129,10 +129,10 @@ def _course_group(
             name,
             _METRICS.get(name, ""),
             Lines(
-                description=_course_words(name, known[name], places),
+                description=_course_words(view.units, prefix + name, known[name], places),
                 lines=(known[name],),
                 x_label="iteration",
-                percent=numbers.is_share(name),
+                percent=view.units.is_share(prefix + name),
                 x_names=tuple(places),
                 level=0.5 if name == "heldout_reward_accuracy" else None,
             ),
@@ -141,7 +141,7 @@ def _course_group(
     ]
     rows = []
     for x, label in places:
-        cells = [_course_cell(name, line, x) for name, line in known.items()]
+        cells = [_course_cell(view.units, prefix + name, line, x) for name, line in known.items()]
         if any(cell != numbers.MISSING for cell in cells):
             rows.append((label, *cells))
     caption = f"{title or 'Metrics'} by iteration, with 95% intervals"
@@ -169,19 +169,21 @@ def _course_line(view: RunView, metric: str) -> Line | None:
     )
 
 
-def _course_cell(name: str, line: Line, x: float) -> str:
+def _course_cell(units: numbers.Units, name: str, line: Line, x: float) -> str:
     if x not in line.xs:
         return numbers.MISSING
     at = line.xs.index(x)
-    value = numbers.metric(name, line.ys[at])
+    value = units.metric(name, line.ys[at])
     if not line.lows or line.lows[at] == line.highs[at]:
         return value
-    return f"{value} ({numbers.interval(name, (line.lows[at], line.highs[at]))})"
+    return f"{value} ({units.interval(name, (line.lows[at], line.highs[at]))})"
 
 
-def _course_words(name: str, line: Line, places: Sequence[tuple[int, str]]) -> str:
+def _course_words(
+    units: numbers.Units, name: str, line: Line, places: Sequence[tuple[int, str]]
+) -> str:
     names = dict(places)
-    told = [f"{names[int(x)]}: {_course_cell(name, line, x)}" for x in line.xs]
+    told = [f"{names[int(x)]}: {_course_cell(units, name, line, x)}" for x in line.xs]
     return f"{name} by iteration. {'; '.join(told)}."
 
 
@@ -404,8 +406,8 @@ def pair_table(view: RunView) -> Table | None:
                 f"{figures['pairs']:,}",
                 *(_plain((figures.get(f"{s}_tokens") or {}).get("mean", np.nan))
                   for s in ("chosen", "rejected")),
-                numbers.metric("_share", length.get("chosen_longer_share")),
-                numbers.metric("_accuracy", length.get("rule_accuracy")),
+                numbers.percent(length.get("chosen_longer_share")),
+                numbers.percent(length.get("rule_accuracy")),
                 numbers.number(margin.get("mean")),
             )
         )  # fmt: skip

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from stages.data.paired import Paired, compare
 from stages.decisions import refusals_before
 from stages.errors import SpinError
-from stages.reporting import numbers
 from stages.reporting.collect import IterationView, RunView, measured_on_examples
 
 FALLBACKS = ("sampled_accuracy", "greedy_accuracy", "human_logprob_per_token")
@@ -97,7 +96,8 @@ def _words(
             "How it compares with the start is not known",
             (f"{who} {rank}. The start was not evaluated by a metric that both have."),
         )
-    points = f"{numbers.difference(gain.metric, gain.difference)}{numbers.unit(gain.metric)}"
+    units = view.units
+    points = f"{units.difference(gain.metric, gain.difference)}{units.unit(gain.metric)}"
     titles = {
         "better": ("good", f"Better than the start: {points}"),
         "worse": ("bad", f"Worse than the start: {points}"),

@@ -2,18 +2,61 @@
 
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stages.config import RunConfig
 
 _SHARES = re.compile(
-    r"(accuracy|share|_rate|win_rate|^rate|pass@\d+|majority@\d+|(^|[_,./])acc(_norm)?|exact_match)"
+    r"(accuracy|share|_rate|win_rate|(^|\.)rate|pass@\d+|majority@\d+|(^|[_,./])acc(_norm)?|exact_match)"
     r"(,[\w-]+)?$"
 )
 MINUS = "−"
 MISSING = "–"
 
 
-def is_share(metric: str) -> bool:
-    """Tell whether a metric, named as in metrics.json or as SUITE.METRIC, is a part of one."""
-    return bool(_SHARES.search(metric)) and "explained" not in metric
+@dataclass(frozen=True)
+class Units:
+    """How the metrics of a run are written, named as in metrics.json or as SUITE.METRIC."""
+
+    on_a_scale: frozenset[str] = frozenset()
+    """Accuracies that are mean rewards of any scale, and so no parts of one."""
+
+    @classmethod
+    def of(cls, configs: Iterable[RunConfig]) -> "Units":
+        """Return the units of a run, from all settings that it has had."""
+        found: set[str] = set()
+        for config in configs:
+            if not config.reward.is_a_share:
+                found |= {f"{whose}_accuracy" for whose in ("sampled", "greedy", "opponent")}
+            for name, suite in config.suites.items():
+                if suite.kind == "task" and not (suite.reward or config.reward).is_a_share:
+                    found |= {f"{name}.accuracy", f"{name}.greedy_accuracy"}
+        return cls(frozenset(found))
+
+    def is_share(self, metric: str) -> bool:
+        """Tell whether a metric is a part of one."""
+        has_its_name = bool(_SHARES.search(metric)) and "explained" not in metric
+        return has_its_name and metric not in self.on_a_scale
+
+    def metric(self, name: str, value: float | None) -> str:
+        """Return a metric's value, a share as a percentage."""
+        return percent(value) if self.is_share(name) else number(value)
+
+    def interval(self, name: str, bounds: tuple[float, float] | None) -> str:
+        """Return a metric's interval as `low to high`."""
+        if bounds is None:
+            return ""
+        return f"{self.metric(name, bounds[0])} to {self.metric(name, bounds[1])}"
+
+    def difference(self, name: str, value: float) -> str:
+        """Return a difference of a metric with its sign; of a share in points."""
+        shown = f"{100 * value:+.1f}" if self.is_share(name) else f"{value:+.4g}"
+        return "0" if not float(shown) else _signs(shown)
+
+    def unit(self, name: str) -> str:
+        """Return the unit of a metric's differences, after a space, or nothing."""
+        return " points" if self.is_share(name) else ""
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
@@ -27,29 +70,11 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return _signs(text)
 
 
-def metric(name: str, value: float | None) -> str:
-    """Return a metric's value, a share as a percentage."""
+def percent(value: float | None) -> str:
+    """Return a share as a percentage."""
     if value is None or not math.isfinite(value):
         return MISSING
-    return _signs(f"{100 * value:.1f}%") if is_share(name) else number(value)
-
-
-def interval(name: str, bounds: tuple[float, float] | None) -> str:
-    """Return a metric's interval as `low to high`."""
-    if bounds is None:
-        return ""
-    return f"{metric(name, bounds[0])} to {metric(name, bounds[1])}"
-
-
-def difference(name: str, value: float) -> str:
-    """Return a difference of a metric with its sign; of a share in points."""
-    shown = f"{100 * value:+.1f}" if is_share(name) else f"{value:+.4g}"
-    return "0" if not float(shown) else _signs(shown)
-
-
-def unit(name: str) -> str:
-    """Return the unit of a metric's differences, after a space, or nothing."""
-    return " points" if is_share(name) else ""
+    return _signs(f"{100 * value:.1f}%")
 
 
 def seconds(value: float) -> str:

@@ -72,7 +72,7 @@ def render(view: RunView, *, drawer: Drawer | None = None, state: str | None = N
     css = _read("style.css") + _read("page.css") + (block.css if block else "")
     scripts = [_read("page.js"), *([block.js] if block else [])]
     html = (
-        _environment(drawer)
+        _environment(drawer, view.units)
         .get_template("page.html.j2")
         .render(
             policy=policy(css, scripts, live=live),
@@ -153,19 +153,19 @@ def _decisions(view: RunView) -> list[DecisionRow]:
             DecisionRow(
                 each,
                 metric,
-                _value(metric, decision.get("value")),
-                _value(metric, decision.get("champion_value")),
+                _value(view.units, metric, decision.get("value")),
+                _value(view.units, metric, decision.get("champion_value")),
                 tuple(str(reason) for reason in decision.get("reasons") or ()),
-                verdict({"kind": "gain", "figures": gain}) if isinstance(gain, dict) else None,
-                verdict(decision.get("verdict")),
+                verdict({"kind": "gain", "figures": gain}, view.units),
+                verdict(decision.get("verdict"), view.units),
             )
         )
     return rows
 
 
-def _value(metric: str, value: Any) -> str:
+def _value(units: numbers.Units, metric: str, value: Any) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return numbers.metric(metric, value) if is_number else numbers.MISSING
+    return units.metric(metric, value) if is_number else numbers.MISSING
 
 
 def _alarms(view: RunView) -> list[AlarmRow]:
@@ -194,7 +194,7 @@ def _texts(alarm: dict[str, Any]) -> tuple[str, str, str, str]:
     return stage, name, action, text
 
 
-def _environment(drawer: Drawer) -> jinja2.Environment:
+def _environment(drawer: Drawer, units: numbers.Units) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -205,10 +205,9 @@ def _environment(drawer: Drawer) -> jinja2.Environment:
     environment.globals["draw"] = drawer.draw
     environment.filters |= {
         "code": _code,
-        "metric_value": lambda value, name: numbers.metric(name, value),
-        "metric_interval": lambda bounds, name: numbers.interval(name, bounds),
-        "difference": lambda value, name: numbers.difference(name, value),
-        "unit": numbers.unit,
+        "metric_value": lambda value, name: units.metric(name, value),
+        "difference": lambda value, name: units.difference(name, value),
+        "unit": units.unit,
         "seconds": numbers.seconds,
         "number": numbers.number,
         "size": numbers.size,

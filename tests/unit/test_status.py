@@ -105,6 +105,16 @@ def test_a_finished_run(tmp_path: Path) -> None:
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize(("reward", "shown"), [("gsm8k", "60.0%"), ("python", "0.600")])
+def test_a_mean_reward_of_any_scale_is_no_percentage(
+    tmp_path: Path, reward: str, shown: str
+) -> None:
+    layout, _ = a_run(tmp_path, 1, f"reward.name={reward}", "reward.python.file=x.py")
+    lines = CliRunner().invoke(app, ["status", str(layout.root)]).stdout.splitlines()
+    start = next(line.split() for line in lines if line.startswith("start "))
+    assert start[1] == shown
+
+
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     layout = RunLayout(tmp_path / "run")
     start_or_resume(layout, load_recipe(None))
