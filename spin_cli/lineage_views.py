@@ -13,6 +13,7 @@ from stages.lineage import KEY_CHARS, Lineage, Node, made_with
 _VALUE_CHARS = 60
 _PLACE_CHARS = 30  # beside a key, which with its kind takes the rest
 _HASH = re.compile(r"[0-9a-f]{32,}")
+_PLACE = re.compile(r"(.*) \((key|content) ([^()]*)\)")
 
 
 def tree_lines(found: Lineage) -> Iterator[str]:
@@ -90,8 +91,6 @@ def _artifact_lines(each: ArtifactDifference) -> Iterator[str]:
             yield _line(f"  bytes of: {names}{more}")
             continue
         yield f"  {part}:"
-        if part in ("inputs", "fingerprints"):
-            changes = [Change(c.name, _short(c.one), _short(c.other)) for c in changes]
         yield from (f"    {_change(change)}" for change in changes)
 
 
@@ -175,25 +174,22 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         text = f"{value:.6g}"
     elif isinstance(value, str):
-        text = value
+        text = _short(value)
     else:
         text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _VALUE_CHARS else f"{text[: _VALUE_CHARS - 1]}…"
 
 
-def _short(value: Any) -> Any:
+def _short(text: str) -> str:
     """Return a hash, or a place with its key, with the first digits of the hash alone."""
-    text = str(value)
     if _HASH.fullmatch(text):
         return text[:KEY_CHARS]
-    place, known, key = text.rpartition(" (key ")
-    if not known:
-        place, known, key = text.rpartition(" (content ")
-    return f"{_cut(place)}{known}{_key(key[:-1])})" if known else value
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _PLACE_CHARS else f"{text[: _PLACE_CHARS - 1]}…"
+    found = _PLACE.fullmatch(text)
+    if not found:
+        return text
+    place, kind, key = found.groups()
+    shown = place if len(place) <= _PLACE_CHARS else f"{place[: _PLACE_CHARS - 1]}…"
+    return f"{shown} ({kind} {_key(key)})"
 
 
 def _line(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin_cli.screen import put, safe
 from stages.show import MARGINS, Found, Query
+from stages.subjects import START
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -52,15 +53,14 @@ _PAIRS = (
 )
 _DULL = {"prompt_tokens", "seed", "sampled_seed", "num_token_logprobs"}
 """Columns that say little to people; --json has them."""
+_FIGURES = {"p_value": "one-sided p"}
+"""What figures of a decision are called, where the name alone does not say it."""
 
 
 def put_places(found: Mapping[str, Any]) -> None:
     """Print what a run, or an iteration of it, holds, and what to look at next."""
     run = found["run"]
-    title = (
-        f"{run}: a run" if "iteration" not in found else f"{run}: iteration {found['iteration']}"
-    )
-    put(title)
+    put(f"{run}: {_part(found.get('iteration'))}")
     for each in found["artifacts"]:
         if "problem" in each:
             put(f"  DAMAGED     {each['problem']}")
@@ -77,7 +77,14 @@ def put_places(found: Mapping[str, Any]) -> None:
         put(f"stages and figures: spin status {run}{further}")
     elif found["artifacts"]:
         pairs = f"; its pairs: spin show {run}:{found['iteration']} --pairs"
-        put(f"one of them: spin show PATH{pairs if found['iteration'] != 'start' else ''}")
+        put(f"one of them: spin show PATH{pairs if found['iteration'] != START else ''}")
+
+
+def _part(iteration: int | str | None) -> str:
+    """Return which part of a run is shown, in words."""
+    if iteration is None:
+        return "a run"
+    return "before the first iteration" if iteration == START else f"iteration {iteration}"
 
 
 def _put_champion(found: Mapping[str, Any]) -> None:
@@ -278,7 +285,8 @@ def _notes(row: Mapping[str, Any], name: str) -> str:
 
 def _listed(values: Mapping[str, Any]) -> str:
     known = {n: v for n, v in values.items() if v is not None}
-    return ", ".join(f"{name} {_number(value)}" for name, value in known.items())
+    named = ((_FIGURES.get(name, name), _number(value)) for name, value in known.items())
+    return ", ".join(f"{name} {value}" for name, value in named)
 
 
 def _number(value: Any) -> str:

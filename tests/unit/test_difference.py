@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ def test_each_kind_of_difference_is_in_its_own_part(tmp_path: Path) -> None:
         Plan("pair", 1, {"pair": {"policy": "x"}, "seed": 0}, {"data": ref}, {"template": "t"}),
         counts={"pairs": 10},
         metrics={"share": 0.5, "same": 1},
+        info={"threads": 1, "alarms": {"drift": {"action": "warn"}}, "same": [1]},
     )
     b = make(
         tmp_path / "b",
@@ -87,6 +89,7 @@ def test_each_kind_of_difference_is_in_its_own_part(tmp_path: Path) -> None:
         text="other",
         counts={"pairs": 12},
         metrics={"share": 0.25, "same": 1},
+        info={"threads": 2, "alarms": {"drift": {"action": "refuse"}}, "same": [1]},
     )
     found = compared(a, b)
     assert not found["same_key"]
@@ -98,6 +101,10 @@ def test_each_kind_of_difference_is_in_its_own_part(tmp_path: Path) -> None:
         {"name": "model", "a": ABSENT, "b": "data (key k)"},
     ]
     assert found["fingerprints"] == [{"name": "template", "a": "t", "b": ABSENT}]
+    assert found["info"] == [
+        {"name": "threads", "a": 1, "b": 2, "delta": 1},
+        {"name": "alarms.drift.action", "a": "warn", "b": "refuse"},
+    ]
     assert [change["name"] for change in found["files"]] == ["a.txt"]
     assert found["counts"] == [{"name": "pairs", "a": 10, "b": 12, "delta": 2}]
     assert found["metrics"] == [{"name": "share", "a": 0.5, "b": 0.25, "delta": -0.25}]
@@ -167,6 +174,47 @@ class TestRuns:
         names = {each["name"] for each in found["artifacts"]}
         assert names == {"generate", "pair", "score", "train", "evaluate", "promote"}
         assert found["kind"] == "iteration"
+
+    def test_a_damaged_manifest_is_told_at_its_place_and_the_rest_compared(self, run: Path) -> None:
+        shutil.copytree(run, run.parent / "b")
+        (run / "iterations/001/pair/manifest.json").write_text("{}")
+        result = spin("diff", "a", "b", expect=4)
+        assert "iterations/001/pair: PROBLEM: a/iterations/001/pair/manifest.json" in result.stdout
+        assert result.stdout.count("same key, same bytes") == 14
+        found = json.loads(spin("diff", "a", "b", "--json", expect=4).stdout)
+        assert list(found["problems"]) == ["iterations/001/pair"]
+        assert not found["same_bytes"]
+        spin("diff", "a/iterations/001/pair", "b/iterations/001/pair", expect=4)
+
+    def test_keys_are_short_and_whole_to_their_bracket(self, run: Path) -> None:
+        text = spin("diff", "a:0", "a:1").stdout
+        keys = re.findall(r"\((?:key|content) .*", text)
+        assert keys
+        for line in keys:
+            assert re.fullmatch(
+                r"\(key \w{12}\) → [^ ]+ \(key \w{12}\)", line
+            ), line  # fmt: skip
+        found = json.loads(spin("diff", "a:0", "a:1", "--json").stdout)
+        inputs = [c for each in found["artifacts"] for c in each["inputs"]]
+        assert any(re.search(r"key [0-9a-f]{64}\)", change["a"]) for change in inputs)
+
+    def test_a_section_that_only_one_has_is_told_without_its_defaults(self, run: Path) -> None:
+        words = ("suites.quiz.kind=task", "suites.quiz.temperature=0.5", "suites.quiz.greedy=true",
+                 "promote.gate.better.metric=quiz.greedy_accuracy", "train.lora.rank=16",
+                 "evaluate.engine.name=transformers")  # fmt: skip
+        spin("init", "b", "--config", "recipe.yaml", *words)
+        for one, other in (("a", "b"), ("b", "a")):
+            found = json.loads(spin("diff", one, other, "--json").stdout)["recipe"]
+            there = "b" if other == "b" else "a"
+            assert {change["name"]: change[there] for change in found} == {
+                "suites.quiz.kind": "task",
+                "suites.quiz.temperature": 0.5,
+                "promote.gate.better.metric": "quiz.greedy_accuracy",
+                "train.lora": "(set)",
+                "evaluate.engine": "(set)",
+                "champion": None,
+                **{n: v for n, v in {c["name"]: c[there] for c in found}.items() if "key" in n},
+            }
 
     def test_two_of_a_kind_are_needed(self, run: Path) -> None:
         result = spin("diff", "a", "a:1", expect=2)

@@ -15,7 +15,16 @@ from typer.testing import CliRunner, Result
 from spin_cli.app import app
 from spin_cli.show_views import PIPED_WIDTH
 from stages import prepare
-from stages.artifacts import Outcome, Plan, TableWriter, Workspace, open_artifact, produce
+from stages.artifacts import (
+    Outcome,
+    Plan,
+    PointerEntry,
+    TableWriter,
+    Workspace,
+    move_pointer,
+    open_artifact,
+    produce,
+)
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import Artifact, read_manifest
 from stages.data.rows import DROPPED, PAIRS, REWARDS, SCORED_PAIRS, SUITE_EXAMPLES, TRAIN_METRICS
@@ -271,6 +280,26 @@ class TestArtifacts:
         assert "gain 0.125\n" in lines
         assert "              failed  length_within: too long\n" in lines
 
+    def test_conditions_keep_their_indentation_and_tell_the_gain_first(
+        self, tmp_path: Path
+    ) -> None:
+        figures = {"metric": "m", "value": 0.5, "losses": 3, "wins": 7, "p_value": 0.1, "high": 0.3,
+                   "low": -0.1, "gain": 0.2}  # fmt: skip
+        verdict: dict[str, Any] = {"kind": "at_least", "passed": True, "text": "so " * 60,
+                                   "figures": figures, "children": []}  # fmt: skip
+        for _ in range(2):
+            verdict = {"kind": "all", "passed": True, "text": "1 of 1", "children": [verdict]}
+        decision = {"promoted": True, "reasons": [], "alarms": [], "verdict": verdict}
+        make(tmp_path / "p", "promote", {}, {"decision.json": decision})
+        text = spin("show", tmp_path / "p").stdout
+        lines = text.partition("verdict")[2].partition("  files")[0].splitlines()[2:]
+        own, *after = [len(line) - len(line.lstrip()) for line in lines]
+        assert own == 12 + 2 * 2
+        assert len(after) > 2
+        assert set(after) == {own + 8}
+        order = "gain 0.2, low -0.1, high 0.3, p_value 0.1, wins 7, losses 3, metric m, value 0.5"
+        assert order in " ".join(text.split())
+
     def test_dropped_rows_have_their_reasons(self, run: RunLayout) -> None:
         text = spin("show", run.stage(0, "pair"), "--dropped").stdout
         assert "reason identical" in text
@@ -347,6 +376,38 @@ class TestPlaces:
         text = spin("show", f"{run.root}:0").stdout
         assert text.index("  pair ") < text.index("  score ")
         assert str(run.stage(0, "score")) in text
+
+    def test_pairs_say_of_which_artifact_they_are(self, run: RunLayout) -> None:
+        first = spin("show", f"{run.root}:0", "--pairs", "--rows", 1).stdout.splitlines()[0]
+        assert first.startswith(f"score  {run.stage(0, 'score')}  ")
+
+    def test_what_is_sought_in_one_table_names_the_other(self, run: RunLayout) -> None:
+        for words in (("--find", "cards"), ("--prompt-id", "0")):
+            assert "in train alone; also: --file heldout" in spin("show", run.data, *words).stdout
+            assert "also:" not in spin("show", run.data, *words, "--file", "heldout").stdout
+        assert "also:" not in spin("show", run.data).stdout
+        assert "also:" not in spin("show", run.stage(0, "pair"), "--find", "cards").stdout
+
+    def test_a_run_names_its_champion_and_what_was_decided(self, run: RunLayout) -> None:
+        assert "champion: none yet" in spin("show", run.root).stdout
+        decision = {"promoted": False, "reasons": ["too long", "too dear"]}
+        make(run.stage(0, "promote"), "promote", {}, {"decision.json": decision})
+        assert "promote  refused: too long; too dear" in spin("show", f"{run.root}:0").stdout
+        path = run.relative(run.stage(0, "train"))
+        entry = PointerEntry(path=path, key="k", reason="it is better", decision_key="d")
+        move_pointer(run.champion, entry)
+        text = spin("show", run.root).stdout
+        assert "champion: iterations/000/train (it is better)\n" in text
+        assert json.loads(spin("show", run.root, "--json").stdout)["champion"] == path
+
+    def test_hints_keep_what_was_typed(
+        self, run: RunLayout, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(run.root.parent)
+        for words in (("run",), ("run:0",), ("run/iterations/000",), ("run:0", "--pairs")):
+            text = spin("show", *words).stdout
+            assert str(run.root) not in text
+            assert "run:0" in text or words == ("run:0", "--pairs")
 
     def test_the_folder_of_an_iteration_is_that_iteration(self, run: RunLayout) -> None:
         folder = spin("show", run.root / "iterations" / "000", "--json").stdout
