@@ -1,6 +1,6 @@
 """What the champion was made of, down to data and commit, as the page tells it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stages import lineage
 from stages.errors import SpinError
@@ -48,8 +48,10 @@ def ancestry(view: RunView) -> Ancestry | None:
     try:
         found = lineage.trace([root / path], root)
     except (SpinError, OSError) as error:
-        return Ancestry(of, (), (), str(error).replace(f"{root}/", ""))
-    steps = tuple(_step(node, found) for node in reversed(list(found.nodes.values())))
+        return Ancestry(of, (), (), lineage.without_root(str(error), root))
+    steps = [_step(node, found) for node in reversed(list(found.nodes.values()))]
+    if view.champion_problem is not None:
+        steps[0] = replace(steps[0], problems=(*steps[0].problems, view.champion_problem))
     versions = tuple(
         (
             name,
@@ -57,7 +59,7 @@ def ancestry(view: RunView) -> Ancestry | None:
         )
         for name, counts in sorted(found.versions().items(), key=lambda item: item[0] != "commit")
     )
-    return Ancestry(of, steps, versions)
+    return Ancestry(of, tuple(steps), versions)
 
 
 def _step(node: lineage.Node, found: lineage.Lineage) -> Step:
@@ -68,7 +70,7 @@ def _step(node: lineage.Node, found: lineage.Lineage) -> Step:
         key=node.key,
         at=made.cost.started_at if made else None,
         inputs=tuple((name, found.nodes[each].path) for name, each in node.inputs.items()),
-        problems=node.problems,
+        problems=tuple(map(found.relative, node.problems)),
     )
 
 

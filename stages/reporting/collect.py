@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 
 import pyarrow.compute as pc
 
-from stages.artifacts import Artifact, Manifest, open_artifact, read_batches, read_rows
+from stages.artifacts import (
+    Artifact,
+    Manifest,
+    open_artifact,
+    read_batches,
+    read_manifest,
+    read_rows,
+)
 from stages.artifacts.json_file import read_object
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, read_pointer
@@ -30,6 +37,7 @@ from stages.data.rows import EXAMPLES, SFT_METRICS, TRAIN_METRICS
 from stages.decisions import DECISION, outcome
 from stages.errors import InputError, SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
+from stages.lineage import KEY_CHARS, without_root
 from stages.recipe import Recipe
 from stages.reporting.numbers import Units
 from stages.run_record import read_recipe
@@ -134,6 +142,8 @@ class RunView:
     problems: tuple[str, ...]
     """One line each, as the reader of the damaged part said it."""
     layout: RunLayout
+    champion_problem: str | None = None
+    """Why what the pointer leads to is not what was promoted, one of `problems` too."""
 
     @property
     def config(self) -> RunConfig | None:
@@ -157,11 +167,13 @@ class RunView:
 
     def champion_iteration(self) -> IterationView | None:
         """Return the iteration whose player is the champion, None while there is none."""
+        if self.champion_problem is not None:
+            return None
         return next((each for each in self.iterations if each.outcome == "champion"), None)
 
     def shown(self, problem: str) -> str:
         """Return a problem with paths as they are named within the run."""
-        return problem.replace(f"{self.layout.root}/", "")
+        return without_root(problem, self.layout.root)
 
     def measured_at_start(self, metric: str) -> tuple[float | None, tuple[float, float] | None]:
         """Return a metric of the first opponent, SUITE.METRIC too, and its interval."""
@@ -224,6 +236,9 @@ class _Reader:
             raise InputError(f"{layout.root} is no run directory (no run.json); correct the path")
         recipe = self._attempt(lambda: read_recipe(layout), None)
         pointer = self._attempt(lambda: read_pointer(layout.champion), None)
+        champion_problem = _champion_problem(layout, pointer)
+        if champion_problem is not None:
+            self.problems.append(champion_problem)
         before = tuple(self._before(recipe))
         start_suites = {
             piece.name.removeprefix("suite-"): self._evaluation(layout.root / piece.path)
@@ -241,6 +256,7 @@ class _Reader:
             pointer=pointer,
             problems=tuple(dict.fromkeys(self.problems)),
             layout=layout,
+            champion_problem=champion_problem,
         )
 
     def _attempt(self, read: Callable[[], T], otherwise: T) -> T:
@@ -253,7 +269,7 @@ class _Reader:
 
     def _shown(self, problem: str) -> str:
         """Return a problem with paths as they are named within the run."""
-        return problem.replace(f"{self.layout.root}/", "")
+        return without_root(problem, self.layout.root)
 
     def _piece(self, name: str, place: Path) -> Piece:
         path = self.layout.relative(place)
@@ -399,11 +415,29 @@ class _Reader:
         return self._attempt(read, nothing)
 
 
+def _champion_problem(layout: RunLayout, pointer: Pointer | None) -> str | None:
+    """Return why an artifact at the pointer's place is not the one that was promoted, if so."""
+    if pointer is None:
+        return None
+    try:
+        key = read_manifest(layout.root / pointer.path).key
+    except (SpinError, OSError):  # what is missing or damaged is told of its own piece
+        return None
+    if key == pointer.key:
+        return None
+    return (
+        f"{layout.champion.name} points to {pointer.path} with key {pointer.key[:KEY_CHARS]}, but "
+        f"{key[:KEY_CHARS]} is there; roll back: spin promote RUN --rollback"
+    )
+
+
 def _outcome(
     layout: RunLayout, index: int, decision: Mapping[str, Any] | None, pointer: Pointer | None
 ) -> str:
     promoted = bool(decision and decision.get("promoted"))
     found = outcome(layout, index, promoted=promoted, pointer=pointer)
+    if found == "champion" and _champion_problem(layout, pointer) is not None:
+        found = "promoted" if promoted else "refused"
     return "undecided" if decision is None and found != "champion" else found
 
 

@@ -58,7 +58,7 @@ def headline(view: RunView) -> Headline:
     """Return what to say first of a run."""
     champion = view.champion_iteration()
     shown = champion or _last_evaluated(view)
-    gain = _gain(view, shown) if shown else None
+    gain = _gain(view, shown) if shown and view.champion_problem is None else None
     tone, title, text = _words(view, champion, shown, gain)
     decided = [each for each in view.iterations if each.decision is not None]
     following = tuple(_following(view))
@@ -81,6 +81,8 @@ def _words(
     view: RunView, champion: IterationView | None, shown: IterationView | None, gain: Gain | None
 ) -> tuple[str, str, str]:
     who = f"The player of iteration {shown.index}" if shown else ""
+    if view.champion_problem is not None:
+        return "bad", "The champion is not the one that was promoted", f"{view.champion_problem}."
     if champion is None and view.pointer is not None:
         # The pointer leads to something else than an iteration's player.
         return "plain", "The champion stands outside the iterations", f"{view.pointer.path}."

@@ -31,6 +31,7 @@ from stages.promote import rollback
 from stages.recipe import load_recipe
 from stages.report import write_report
 from stages.reporting import numbers
+from stages.reporting.ancestry import ancestry
 from stages.reporting.charts import ROLES, Bars, Drawer, Line, Lines, draw
 from stages.reporting.collect import collect
 from stages.reporting.costs import costs
@@ -470,6 +471,30 @@ def test_a_page_of_a_run_with_a_damaged_recipe_and_pointer(run: RunLayout) -> No
     assert "0.6931 → 0.2931" in text
 
 
+def test_a_champion_that_was_made_anew_is_no_champion(run: RunLayout) -> None:
+    shutil.rmtree(run.stage(2, "train"))
+    refs = made_runs.inputs(run, 2, pairs="score")
+    made_runs.make(run, 2, "train", refs, counts={"pairs": 3}, config={"seed": 1})
+    view = collect(run.root)
+    assert view.champion_iteration() is None
+    assert view.iterations[2].outcome == "promoted"
+    [problem] = view.problems
+    assert problem.startswith("champion points to iterations/002/train with key ")
+    assert headline(view).tone == "bad"
+    found = ancestry(view)
+    assert found is not None
+    assert found.steps[0].problems == (problem,)
+    assert "is the champion" not in report(run).text()
+
+
+def test_a_damaged_manifest_on_the_way_is_named_within_the_run(run: RunLayout) -> None:
+    manifest = run.stage(0, "pair") / "manifest.json"
+    manifest.write_bytes(flipped(manifest.read_bytes()))
+    page = report(run)
+    assert str(run.root.resolve()) not in page.html
+    assert any("iterations/000/pair/manifest.json" in text for text in page.inside("strong"))
+
+
 def test_an_attempt_that_was_cut_off_is_told(run: RunLayout) -> None:
     shutil.rmtree(run.stage(2, "promote"))
     (run.stage(2, "promote").parent / ".promote.0123456789abcdef.partial").mkdir()
@@ -642,6 +667,13 @@ def test_a_report_replaces_an_earlier_one_and_leaves_nothing_beside_it(
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(ConfigError, match="is a directory"):
         write_report(made.root, tmp_path)
+
+
+def test_a_report_makes_the_folder_that_it_is_written_to(made: RunLayout, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder" / "report.html"
+    assert write_report(made.root, out).size_bytes == out.stat().st_size
+    with pytest.raises(ConfigError, match="a file stands where a folder is needed"):
+        write_report(made.root, out / "report.html")
 
 
 def test_nothing_but_a_page_is_replaced_and_no_artifact_touched(run: RunLayout) -> None:
