@@ -297,6 +297,28 @@ class TestRefusals:
         spin("init", "other", "--config", "recipe.yaml", "seed=9")
         assert "another recipe: seed" in spin("reproduce", "a", "--in", "other", expect=2).stderr
 
+    @pytest.mark.parametrize("place", ["taken", "file", "other", "elses", "a/again"])
+    def test_a_refusal_names_its_own_option_and_nothing_is_announced_before_it(
+        self, place: str
+    ) -> None:
+        play(iterations=1)
+        Path("taken").mkdir()
+        Path("taken/file").touch()
+        Path("file").touch()
+        spin("init", "other", "--config", "recipe.yaml", "seed=9")
+        spin("run", "recipe.yaml", "--run", "elses", "--iterations", "0")
+        message = spin("reproduce", "a", "--in", place, expect=2).stderr
+        assert "--in DIR" in message
+        assert "--run" not in message
+        assert "--amend" not in message
+        assert "made again in" not in message
+
+    def test_the_run_may_be_the_folder_one_is_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        play(iterations=0)
+        monkeypatch.chdir("a")
+        spin("reproduce", "data")
+        assert Path("../a-reproduced/data/manifest.json").is_file()
+
     def test_settings_may_name_other_places_and_decide_nothing(self) -> None:
         play(iterations=1)
         result = spin("reproduce", "a", "train.beta=9", "--in", "b", expect=2)

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 from spin_cli import recipes, screen, views
 from spin_cli.app import app
-from spin_cli.failures import BUG, INTERRUPTED, TERMINATED, TerminatedError, reported
+from spin_cli.failures import BUG, INTERRUPTED, TERMINATED, UNREAD, TerminatedError, reported
 from stages import errors
-from stages.artifacts import locks
+from stages.artifacts import locks, read_manifest
 from stages.layout import RunLayout
 from tests import fake_stages
 
@@ -311,6 +312,20 @@ class TestStageCommands:
             "evaluate",
         ]  # fmt: skip
 
+    def test_a_player_of_a_run_is_a_model_to_evaluate(self) -> None:
+        Path("r.yaml").write_text("sft: {init: random}")
+        spin("run", "r.yaml", "--run", "a", "--iterations", "1")
+        words = ("evaluate", "--model", "a:0", "--opponent", "a:start")
+        spin(*words, "--data", "a/data", "--out", "e")
+        inputs = read_manifest(Path("e")).inputs
+        assert inputs["model"].key == read_manifest(Path("a/iterations/000/train")).key
+        assert inputs["opponent"].key == read_manifest(Path("a/models/sft")).key
+        line = one_line(spin("evaluate", "--model", "a:1", "--out", "e", expect=3).stderr)
+        assert "a:1: the run has no iteration 1; it has 0" in line
+        shutil.rmtree("a/iterations/000/train")
+        line = one_line(spin("evaluate", "--model", "a:0", "--out", "e", expect=3).stderr)
+        assert "a:0 is no model: its player (a/iterations/000/train) was not trained yet" in line
+
     def test_a_finished_one_says_so_and_does_nothing(self) -> None:
         spin("prepare", "--out", "data")
         result = spin("prepare", "--out", "data")
@@ -469,4 +484,4 @@ def test_every_exit_code_is_documented() -> None:
     codes = {kind.exit_code for kind in kinds if issubclass(kind, errors.SpinError)}
     text = (ROOT / "docs/exit-codes.md").read_text()
     rows = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
-    assert rows == codes | {0, BUG, INTERRUPTED, TERMINATED}
+    assert rows == codes | {0, BUG, INTERRUPTED, TERMINATED, UNREAD}
