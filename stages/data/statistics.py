@@ -231,6 +231,7 @@ _ENUMERATED = 20_000  # examples that differ, up to which outcomes are enumerate
 _SPREAD = 7.0  # standard deviations of a count; what lies beyond has a chance below 1e-11
 _TINY = 1e-300
 _ROUNDING = 1e-9
+_CANCELLED = 1e-6  # of a spread by squares, rounding leaves 1e-8
 
 
 def _resampled_counts(count: int, resamples: int) -> Iterator[Floats]:
@@ -255,7 +256,7 @@ def _t_statistics(centred: Floats, counts: Floats) -> Floats:
     means, squares = centred @ counts.T / count, centred**2 @ counts.T / count
     spread = np.sqrt(np.maximum(squares - means**2, 0.0))
     errors = spread / np.sqrt(max(1, count - 1))
-    is_spread = spread > _ROUNDING * np.sqrt(squares)
+    is_spread = spread > _CANCELLED * np.sqrt(squares)
     with np.errstate(divide="ignore", invalid="ignore"):
         limits = np.where(means, np.sign(means) * np.inf, 0.0)
         return np.where(is_spread, means / errors, limits)

@@ -299,3 +299,13 @@ class TestComparing:
             assert seen.high is not None
             covered += seen.low <= 0.2 <= seen.high
         assert 168 <= covered <= 196
+
+
+def test_rounding_is_no_spread_where_one_example_differs() -> None:
+    """Resamples without it are all alike, but for rounding, which must not make t huge."""
+    for value in (-0.0357142857142857, 0.1, 1 / 3, 7.3):
+        differences = np.zeros(100)
+        differences[3] = value
+        bounds = studentized(differences).interval()
+        assert bounds is not None
+        assert max(map(abs, bounds)) < abs(value)
