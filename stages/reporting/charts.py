@@ -145,12 +145,19 @@ class Drawer:
     """Draws panels, each only once."""
 
     drawn: dict[Panel, Markup] = field(default_factory=dict)
+    _asked: set[Panel] = field(default_factory=set)
 
     def draw(self, panel: Panel) -> Markup:
         """Return a panel as an `<svg>` element."""
         if panel not in self.drawn:
             self.drawn[panel] = draw(panel)
+        self._asked.add(panel)
         return self.drawn[panel]
+
+    def forget_others(self) -> None:
+        """Keep only the panels that were asked for since this was last called."""
+        self.drawn = {panel: drawn for panel, drawn in self.drawn.items() if panel in self._asked}
+        self._asked = set()
 
 
 def draw(panel: Panel) -> Markup:

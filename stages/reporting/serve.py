@@ -67,6 +67,7 @@ class Pages:
             if state != self._state:
                 self._page = render(collect(self.run), drawer=self.drawer, state=state)
                 self._state = state
+                self.drawer.forget_others()
             return self._page
 
 

@@ -18,6 +18,7 @@ import pytest
 from stages.artifacts import locks
 from stages.errors import BusyError, InputError
 from stages.layout import RunLayout
+from stages.recipe import load_recipe
 from stages.reporting import serve as serving
 from stages.reporting.charts import Drawer
 from stages.reporting.serve import HOST, Pages, open_server
@@ -143,6 +144,15 @@ def test_the_page_is_made_anew_only_when_the_run_has_changed(
     shutil.rmtree(served.layout.stage(0, "promote"))
     assert served.ask("/")[2] != pages[0]
     assert len(made) == 2
+
+
+def test_a_server_keeps_no_more_drawings_than_its_page_has(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", 1)
+    pages, recipe = Pages(layout.root), load_recipe(None)
+    for iteration in (1, 2):
+        pages.page()
+        made_runs.write_iteration(layout, recipe, iteration)
+    assert pages.page().count('<svg class="chart"') == len(pages.drawer.drawn)
 
 
 def test_an_attempt_that_ends_without_a_trace_is_seen(served: Served) -> None:
