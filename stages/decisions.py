@@ -67,6 +67,23 @@ def read_decision(out: Path) -> Decision:
         ) from None
 
 
+def outcome(layout: RunLayout, iteration: int, *, promoted: bool, pointer: Pointer | None) -> str:
+    """Return what became of an iteration's player: champion, promoted, rolled back or refused.
+
+    Args:
+        promoted: what its decision says.
+        pointer: the run's, which roll-backs move.
+    """
+    path = layout.relative(layout.stage(iteration, "train"))
+    if pointer is not None and pointer.path == path:
+        return "champion"
+    if not promoted:
+        return "refused"
+    was_there = pointer is not None and any(entry.path == path for entry in pointer.history)
+    on_trail = pointer is not None and any(entry.path == path for entry in pointer.trail())
+    return "rolled back" if was_there and not on_trail else "promoted"
+
+
 def champion_evaluation(layout: RunLayout, iteration: int) -> Path | None:
     """Return the evaluation that an iteration's player has to beat.
 

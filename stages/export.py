@@ -1,6 +1,7 @@
 """export: a player as a plain model folder for transformers and vLLM, with a model card."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,19 +14,31 @@ from stages.artifacts.files import fsync_path, make_folder, writing
 from stages.artifacts.json_file import read_object
 from stages.artifacts.locks import hold, lock_path
 from stages.artifacts.manifest import MANIFEST_NAME, check_file
-from stages.artifacts.pointer import read_pointer
+from stages.artifacts.pointer import Pointer, read_pointer
 from stages.artifacts.produce import check_outside_artifacts
 from stages.config import RunConfig
 from stages.data.measures import INTERVALS_FILE, METRICS_FILE
-from stages.decisions import read_decision
-from stages.errors import ConfigError, InputError
+from stages.decisions import outcome, read_decision
+from stages.errors import ConfigError, InputError, SpinError
 from stages.headlines import in_order, kind_of
 from stages.layout import RunLayout
-from stages.lineage import KEY_CHARS, Lineage, flat, made_with, notable_settings, trace
+from stages.lineage import (
+    KEY_CHARS,
+    Lineage,
+    flat,
+    made_with,
+    notable_settings,
+    trace,
+    without_root,
+)
 from stages.model.base import BASE_NAME, is_adapter
 from stages.model.source import MODEL_FILES, ModelSource, resolve_model
 from stages.model_card import HUB_ID, Card, Data, Evaluated, Played, model_card
+from stages.recipe import Recipe
+from stages.reproduce import recorded
 from stages.run_record import read_recipe
+
+log = logging.getLogger("spin")
 
 CARD = "README.md"
 LINEAGE = "lineage.json"
@@ -83,23 +96,28 @@ def export(
             lineage = trace([folder.resolve()], layout.root.resolve())
             text = json.dumps(lineage.to_json(), indent=1, sort_keys=True) + "\n"
             (partial / LINEAGE).write_text(text, encoding="utf-8")
-            card = model_card(describe(layout, found, lineage))
-            (partial / CARD).write_text(card, encoding="utf-8")
+            card = describe(layout, found, lineage, verify=verify)
+            (partial / CARD).write_text(model_card(card), encoding="utf-8")
             _publish(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # the failure itself is what to tell
             raise
+    for problem in card.problems:
+        log.warning("%s: its card names a problem: %s", out, problem)
     return found
 
 
-def describe(layout: RunLayout, found: Export, lineage: Lineage) -> Card:
-    """Return what the card of an export says."""
-    recipe = read_recipe(layout)
-    config = recipe.for_iteration(found.iteration)
+def describe(layout: RunLayout, found: Export, lineage: Lineage, *, verify: bool = True) -> Card:
+    """Return what the card of an export says.
+
+    What is damaged beside the player, such as an evaluation, is left out and named as a problem.
+    """
+    config = _as_used(read_recipe(layout), layout, found.iteration, lineage)
     manifest = read_manifest(found.source.path)
-    measured = _measured(layout, found.iteration, config)
-    outside = [(n.path, n.key) for n in lineage.nodes.values() if not n.inside_run]
-    hub = [path.rpartition("@")[0] for path, key in outside if key.startswith("hub:")]
+    problems = [lineage.relative(problem) for problem in lineage.problems()]
+    measured = _measured(layout, found.iteration, config, problems, verify=verify)
+    played = _played(layout, found, lineage, problems)
+    start, base_model = _start(lineage)
     sources = [node.sources() for node, _ in lineage.made() if node.sources()]
     names = [
         s[n] for s in sources if s.get("commits") for n in ("source", "heldout_source") if n in s
@@ -114,12 +132,12 @@ def describe(layout: RunLayout, found: Export, lineage: Lineage) -> Card:
             "policy": config.pair.policy,
             **{name: manifest.config["train"].get(name) for name in ("loss", "beta")},
         },
-        start=outside[0][0] if outside else "random weights",
-        base_model=hub[0] if len(hub) == 1 else None,
+        start=start,
+        base_model=base_model,
         datasets=sorted({name for name in names if HUB_ID.fullmatch(str(name))}),
         measured=measured,
         columns={suite: _columns(suite, rows, config) for suite, rows in measured.items()},
-        played=_played(layout, found, lineage),
+        played=played,
         data=[
             Data(n.path, n.key[:KEY_CHARS], n.content, m.counts, n.sources())
             for n, m in lineage.made()
@@ -128,8 +146,35 @@ def describe(layout: RunLayout, found: Export, lineage: Lineage) -> Card:
         versions={name: sorted(used) for name, used in lineage.versions().items()},
         settings=_public(notable_settings(config.identity())),
         artifact=layout.relative(layout.stage(found.iteration, "train")),
-        problems=lineage.problems(),
+        problems=problems,
     )
+
+
+def _as_used(recipe: Recipe, layout: RunLayout, iteration: int, lineage: Lineage) -> RunConfig:
+    """Return the settings that an iteration's player was made with.
+
+    Those that followed a measurement or a refusal, or were amended since, are not the recipe's.
+    """
+    for node, manifest in lineage.made():
+        if layout.iteration_of(node.path) in (None, iteration):
+            recipe = recorded(recipe, manifest, iteration)
+    return recipe.for_iteration(iteration)
+
+
+def _start(lineage: Lineage) -> tuple[str, str | None]:
+    """Return the model that the game started from, and its id where it is from the hub.
+
+    Other inputs from outside, such as a model that gives rewards, are no part of the player.
+    """
+    node = lineage.nodes[lineage.ends[0]]
+    while node.manifest is not None and "model" in node.inputs:
+        node = lineage.nodes[node.inputs["model"]]
+    if node.manifest is not None:
+        return "random weights", None
+    if node.inside_run:
+        return "a model that is not known any more", None
+    is_of_hub = node.key.startswith("hub:")
+    return node.path, (node.path.rpartition("@")[0] or None) if is_of_hub else None
 
 
 def _find(layout: RunLayout, iteration: int | None, verify: bool) -> Export:
@@ -204,8 +249,14 @@ def _publish(partial: Path, out: Path) -> None:
     fsync_path(out.parent)
 
 
-def _measured(layout: RunLayout, last: int, config: RunConfig) -> dict[str, list[Evaluated]]:
-    """Return the evaluations of the start and of all iterations up to `last`, by suite."""
+def _measured(
+    layout: RunLayout, last: int, config: RunConfig, problems: list[str], *, verify: bool
+) -> dict[str, list[Evaluated]]:
+    """Return the evaluations of the start and of all iterations up to `last`, by suite.
+
+    Args:
+        problems: takes what is wrong with those that are damaged.
+    """
     suites = ["", *config.suites]
     found: dict[str, list[Evaluated]] = {suite: [] for suite in suites}
     for iteration in [None, *(t for t in layout.iterations() if t <= last)]:
@@ -213,13 +264,23 @@ def _measured(layout: RunLayout, last: int, config: RunConfig) -> dict[str, list
         own = layout.start_evaluation if iteration is None else layout.stage(iteration, "evaluate")
         for suite in suites:
             place = layout.suite(iteration, suite) if suite else own
-            if (place / MANIFEST_NAME).is_file():
-                artifact = open_artifact(place)
-                has = {entry.path for entry in artifact.manifest.files}
-                intervals = read_object(artifact, INTERVALS_FILE) if INTERVALS_FILE in has else {}
-                metrics = read_object(artifact, METRICS_FILE)
-                found[suite].append(Evaluated(label, metrics, intervals, iteration == last))
+            if not (place / MANIFEST_NAME).is_file():
+                continue
+            try:
+                metrics, intervals = _figures(place, verify=verify)
+            except SpinError as error:
+                problems.append(f"{label} is left out: {_public_text(layout, error)}")
+                continue
+            found[suite].append(Evaluated(label, metrics, intervals, iteration == last))
     return {suite: rows for suite, rows in found.items() if rows}
+
+
+def _figures(place: Path, *, verify: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metrics of an evaluation and their intervals."""
+    artifact = open_artifact(place, verify=verify)
+    has = {entry.path for entry in artifact.manifest.files}
+    intervals = read_object(artifact, INTERVALS_FILE) if INTERVALS_FILE in has else {}
+    return read_object(artifact, METRICS_FILE), intervals
 
 
 def _columns(suite: str, rows: list[Evaluated], config: RunConfig) -> list[str]:
@@ -241,8 +302,14 @@ def _asked(config: RunConfig) -> list[str]:
     return config.promote.gate.metrics() if config.promote.gate else []
 
 
-def _played(layout: RunLayout, found: Export, lineage: Lineage) -> list[Played]:
-    """Return the iterations up to the exported one."""
+def _played(
+    layout: RunLayout, found: Export, lineage: Lineage, problems: list[str]
+) -> list[Played]:
+    """Return the iterations up to the exported one.
+
+    Args:
+        problems: takes what is wrong with decisions that are damaged.
+    """
     players = {n.path: m for n, m in lineage.made() if m.stage == "train"}
     varying = _varying(list(players.values()))
     pointer = read_pointer(layout.champion)
@@ -250,7 +317,11 @@ def _played(layout: RunLayout, found: Export, lineage: Lineage) -> list[Played]:
     for iteration in [t for t in layout.iterations() if t <= found.iteration]:
         path = layout.relative(layout.stage(iteration, "train"))
         trained = players.get(path)
-        verdict, reasons = _verdict(layout, iteration, pointer.path if pointer else None)
+        try:
+            verdict, reasons = _verdict(layout, iteration, pointer)
+        except SpinError as error:
+            verdict, reasons = "not known", []
+            problems.append(_public_text(layout, error))
         settings = flat(trained.config) if trained else {}
         rows.append(
             Played(
@@ -275,16 +346,13 @@ def _varying(players: list[Manifest]) -> list[str]:
     return [n for n in names if any(tree.get(n) != trees[0].get(n) for tree in trees)]
 
 
-def _verdict(layout: RunLayout, iteration: int, champion: str | None) -> tuple[str, list[str]]:
+def _verdict(layout: RunLayout, iteration: int, pointer: Pointer | None) -> tuple[str, list[str]]:
     out = layout.stage(iteration, "promote")
     if not (out / MANIFEST_NAME).is_file():
         return "not decided", []
     decision = read_decision(out)
-    reasons = [*decision.reasons, *_gain(decision.gain)]
-    if not decision.promoted:
-        return "refused", reasons
-    here = layout.relative(layout.stage(iteration, "train"))
-    return ("champion" if here == champion else "promoted"), reasons
+    verdict = outcome(layout, iteration, promoted=decision.promoted, pointer=pointer)
+    return verdict, [*decision.reasons, *_gain(decision.gain)]
 
 
 def _gain(gain: Mapping[str, Any] | None) -> list[str]:
@@ -297,6 +365,11 @@ def _gain(gain: Mapping[str, Any] | None) -> list[str]:
         f"{gain.get('metric')} against the champion before, on the same examples: {value:+.4g} "
         f"[{low:+.3g}, {high:+.3g}]"
     ]
+
+
+def _public_text(layout: RunLayout, error: SpinError) -> str:
+    """Return what an error says, without where the run lies on this machine."""
+    return without_root(without_root(str(error), layout.root), layout.root.resolve())
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:

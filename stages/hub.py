@@ -21,8 +21,11 @@ def check_ready(repo: str) -> None:
     Raises:
         ConfigError: `repo` is no id of a repository, or there is no token.
     """
-    if not HUB_ID.fullmatch(repo):
-        raise ConfigError(f"--push-to-hub {repo!r} is no repository of the hub; give OWNER/NAME")
+    why = _unfit(repo)
+    if why is not None:
+        raise ConfigError(
+            f"--push-to-hub {repo!r} is no repository of the hub{why}; give OWNER/NAME"
+        )
     if _token() is None:
         raise ConfigError(
             f"--push-to-hub {repo} needs a token, and there is none; set HF_TOKEN, or log in: "
@@ -57,6 +60,20 @@ def push(folder: Path, repo: str, *, public: bool = False, api: "HfApi | None" =
             f"send it with: hf upload {repo} {folder} --private"
         ) from None
     return str(address)
+
+
+def _unfit(repo: str) -> str | None:
+    """Return in words why the hub takes no such name, or None."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if not HUB_ID.fullmatch(repo):
+        return ""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        return f" ({str(error).rpartition(':')[0].strip().rstrip('.') or error})"
+    return None
 
 
 def _check_repository(client: Any, repo: str, folder: Path, public: bool) -> None:

@@ -45,7 +45,7 @@ class Played:
     """Settings of training that are not the same in all iterations."""
     commit: str
     verdict: str
-    """`champion`, `promoted`, `refused`, or `not decided`."""
+    """`champion`, `promoted`, `rolled back`, `refused`, `not decided`, or `not known`."""
     reasons: Sequence[str]
     led_here: bool
 

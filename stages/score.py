@@ -7,6 +7,8 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from stages.artifacts import (
     Artifact,
     Manifest,
@@ -16,6 +18,7 @@ from stages.artifacts import (
     Workspace,
     open_artifact,
     produce,
+    read_batches,
     read_rows,
     run_root,
 )
@@ -30,6 +33,8 @@ from stages.model.source import ModelSource, resolve_model
 from stages.progress import Progress, progress
 
 FORMAT_VERSION = 1
+SIDES = ("chosen", "rejected")
+"""The two responses of a pair."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def _fill(space: Workspace, config: RunConfig, pairs: Artifact, source: ModelSou
     space.shards.named.update(report.shards)
     return Outcome(
         counts={"pairs": pairs.manifest.counts["pairs"]},
+        metrics=_means([space.path / name for name in sorted(report.shards)]),
         info={"attention": report.attention, **report.used.info()},
         tokens=report.tokens,
         peak_memory_bytes=report.used.peak_memory_bytes,
@@ -134,6 +140,22 @@ def with_reference(rows: list[Row], logprobs: list[tuple[float, float]]) -> list
         {**row, "reference_chosen_logprob": chosen, "reference_rejected_logprob": rejected}
         for row, (chosen, rejected) in zip(rows, logprobs, strict=True)
     ]
+
+
+def _means(shards: list[Path]) -> dict[str, float]:
+    """Return the mean log-probability of a token of all chosen and of all rejected responses.
+
+    Nothing where there is no token. Shards may be of other processes or of before a kill, so it is
+    read off the files.
+    """
+    sides = {side: (f"{side}_token_ids", f"reference_{side}_logprob") for side in SIDES}
+    columns = [name for pair in sides.values() for name in pair]
+    sums, tokens = dict.fromkeys(SIDES, 0.0), dict.fromkeys(SIDES, 0)
+    for batch in read_batches(shards, SCORED_PAIRS, columns=columns):
+        for side, (ids, logprobs) in sides.items():
+            sums[side] += pc.sum(batch[logprobs]).as_py() or 0.0
+            tokens[side] += pc.sum(pc.list_value_length(batch[ids])).as_py() or 0
+    return {f"{side}_logprob_per_token": sums[side] / n for side, n in tokens.items() if n}
 
 
 def _shards(pairs: Artifact, shard_rows: int) -> Iterator[tuple[str, list[Row]]]:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from spin_cli.app import app
-from stages.artifacts import Outcome, Plan, open_artifact, produce
+from stages.artifacts import Outcome, Plan, open_artifact, produce, read_manifest
 from stages.artifacts.manifest import InputRef
 from stages.difference import ABSENT, Change, difference
 from stages.subjects import find_subject
@@ -102,8 +102,8 @@ def test_each_kind_of_difference_is_in_its_own_part(tmp_path: Path) -> None:
     ]
     assert found["fingerprints"] == [{"name": "template", "a": "t", "b": ABSENT}]
     assert found["info"] == [
-        {"name": "threads", "a": 1, "b": 2, "delta": 1},
         {"name": "alarms.drift.action", "a": "warn", "b": "refuse"},
+        {"name": "threads", "a": 1, "b": 2, "delta": 1},
     ]
     assert [change["name"] for change in found["files"]] == ["a.txt"]
     assert found["counts"] == [{"name": "pairs", "a": 10, "b": 12, "delta": 2}]
@@ -160,6 +160,13 @@ class TestRuns:
         lines = spin("diff", "a", "b").stdout.splitlines()
         assert "  iterations/001/evaluate  sampled_accuracy -0.7" in lines
         assert "  train.beta: 0.1 → 0.5 (+0.4)" in lines
+
+    def test_champions_at_one_place_differ_by_their_key(self, run: Path) -> None:
+        play("b", "train.beta=0.5")
+        changes = json.loads(spin("diff", "a", "b", "--json").stdout)["recipe"]
+        [change] = [c for c in changes if c["name"].startswith("champion")]
+        keys = [read_manifest(Path(name) / "iterations/001/train").key for name in "ab"]
+        assert (change["name"], change["a"], change["b"]) == ("champion's key", *keys)
 
     def test_what_only_one_has_is_named(self, run: Path) -> None:
         shutil.copytree(run, run.parent / "b")

@@ -44,6 +44,8 @@ ROOT = Path(__file__).parents[2]
 METRIC = "sampled_accuracy"
 EVIL = "a`b``c|d\\|e\n# Own <script>alert(1)</script> [x](http://evil.example) ---\n---\n\u202e"
 HUB_KEY = "hub:0"
+DECISION = {"metric": METRIC, "value": 0.6, "champion_value": 0.5, "min_value": None,
+            "min_gain": 0.0, "reasons": []}  # fmt: skip
 TOKEN = "hf_thisIsNoRealTokenButLooksLikeOne"
 
 
@@ -94,6 +96,7 @@ def new_run(
     name: str = "mine",
     start: InputRef | None = None,
     suites: dict[str, Any] | None = None,
+    judge: InputRef | None = None,
 ) -> RunLayout:
     """A run of two iterations with whole models: the first is champion, the second refused."""
     layout = RunLayout(folder / "run")
@@ -107,14 +110,16 @@ def new_run(
     evaluate(layout, layout.start_evaluation, sft, 0.5)
     opponent = sft
     for iteration, value in enumerate((0.7, 0.6)):
-        pairs = make(layout.stage(iteration, "score"), "score", {"a.json": {}}, model=opponent)
+        others = {"reward_model": judge} if judge else {}
+        pairs = make(
+            layout.stage(iteration, "score"), "score", {"a.json": {}}, model=opponent, **others
+        )
         config = {"train": {"beta": 0.3 + iteration, "loss": "sigmoid"}}
         train = layout.stage(iteration, "train")
         trained = make(train, "train", model, config, model=opponent, pairs=pairs)
         evaluate(layout, layout.stage(iteration, "evaluate"), trained, value)
-        decision = {
-            "promoted": value > 0.65, "metric": METRIC, "value": value, "champion_value": 0.5,
-            "min_value": None, "min_gain": 0.0, "reasons": [f"{METRIC} is {value}", name],
+        decision = DECISION | {
+            "promoted": value > 0.65, "value": value, "reasons": [f"{METRIC} is {value}", name],
             "gain": {"metric": METRIC, "gain": value - 0.5, "low": 0.05, "high": 0.25},
         }  # fmt: skip
         make(layout.stage(iteration, "promote"), "promote", {"decision.json": decision})
@@ -336,6 +341,82 @@ class TestTheCard:
         spin("promote", layout.root, "--export", out)
         assert "base_model" not in card_of(out)[0]
 
+    def test_a_model_that_gives_rewards_is_not_the_one_that_the_game_started_from(
+        self, tmp_path: Path, tiny_model_dir: Path
+    ) -> None:
+        judge = InputRef(path="owner/judge@abc", inside_run=False, key="hub:1", content="c")
+        layout, out = new_run(tmp_path, tiny_model_dir, judge=judge), tmp_path / "out"
+        spin("promote", layout.root, "--export", out)
+        front, text = card_of(out)
+        assert front["base_model"] == "owner/base"
+        assert "The game started from `owner/base@abc`." in text
+        assert "owner/judge" in (out / "lineage.json").read_text(), "the test needs one"
+
+    def test_the_settings_are_those_that_were_used(
+        self, tmp_path: Path, tiny_model_dir: Path
+    ) -> None:
+        """In iteration 1 the recipe says 0.3, and 1.3 was trained with, as after a retry."""
+        layout, out = new_run(tmp_path, tiny_model_dir), tmp_path / "out"
+        spin("promote", layout.root, "--iteration", "1", "--export", out)
+        assert "train.beta: 1.3\n" in card_of(out)[1]
+
+    def test_a_player_that_was_taken_back_is_rolled_back(
+        self, tmp_path: Path, tiny_model_dir: Path
+    ) -> None:
+        layout, out = new_run(tmp_path, tiny_model_dir), tmp_path / "out"
+        train = layout.stage(1, "train")
+        entry = PointerEntry(
+            path=layout.relative(train), key=read_manifest(train).key, reason="r",
+            decision_key="e", at="t",
+        )  # fmt: skip
+        move_pointer(layout.champion, entry)
+        decision = layout.stage(1, "promote")
+        shutil.rmtree(decision)
+        make(decision, "promote", {"decision.json": DECISION | {"promoted": True}})
+        spin("promote", layout.root, "--rollback")
+        spin("promote", layout.root, "--iteration", "1", "--export", out)
+        text = card_of(out)[1]
+        assert "| 1 | rolled back | " in text
+        assert "| 0 | champion | " in text
+
+    def test_what_is_damaged_beside_the_player_is_left_out_and_named(
+        self, tmp_path: Path, tiny_model_dir: Path
+    ) -> None:
+        layout, out = new_run(tmp_path, tiny_model_dir), tmp_path / "out"
+        for place in (
+            layout.start_evaluation / "metrics.json",
+            layout.stage(0, "promote") / "decision.json",
+        ):
+            place.write_bytes(place.read_bytes().replace(b": ", b":\t"))
+        result = spin("promote", layout.root, "--iteration", "1", "--export", out)
+        text = card_of(out)[1]
+        problems = [line for line in text.splitlines() if line.startswith("- Problem: ")]
+        assert len(problems) == 2
+        assert "start is left out: start/evaluate/metrics.json is damaged" in problems[0]
+        assert "iterations/000/promote/decision.json is damaged" in problems[1]
+        assert result.stderr.count("its card names a problem: ") == 2
+        assert "| start |" not in text
+        assert "| iteration 0 | 0.7 " in text
+        assert "| 0 | not known | " in text
+        assert str(tmp_path) not in text
+        spin("promote", layout.root, "--iteration", "1", "--export", out, "--no-verify", expect=2)
+        spin("promote", layout.root, "--iteration", "1", "--export", tmp_path / "b", "--no-verify")
+        assert "| start | 0.5 " in card_of(tmp_path / "b")[1]
+
+    def test_problems_of_the_lineage_are_told_without_where_the_run_lies(
+        self, tmp_path: Path, tiny_model_dir: Path
+    ) -> None:
+        layout, out = new_run(tmp_path, tiny_model_dir), tmp_path / "out"
+        (layout.stage(0, "score") / "manifest.json").write_text("{}")
+        result = spin("promote", layout.root, "--export", out)
+        assert "its card names a problem: iterations/000/score: iterations/000/score/" in (
+            " ".join(result.stderr.split())
+        )
+        for name in ("README.md", "lineage.json"):
+            text = (out / name).read_text()
+            assert "iterations/000/score/manifest.json is damaged" in text
+            assert str(tmp_path) not in text
+
     def test_hostile_names_stay_text(self, tmp_path: Path, tiny_model_dir: Path) -> None:
         start = InputRef(path=f"{EVIL}@abc", inside_run=False, key=HUB_KEY, content="c")
         layout, out = new_run(tmp_path, tiny_model_dir, EVIL, start), tmp_path / "out"
@@ -471,10 +552,14 @@ class TestTheHub:
         assert "is whole: send it with: hf upload owner/player" in line
         assert (tmp_path / "b" / "README.md").is_file()
 
+    @pytest.mark.parametrize(
+        "repo", ["../evil", "a/b--c", "a/model.git", "a..b/c", f"a/{'b' * 99}"]
+    )
     def test_no_name_of_a_repository_is_refused_before_anything_is_made(
-        self, tmp_path: Path, tiny_model_dir: Path
+        self, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, repo: str
     ) -> None:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         layout = new_run(tmp_path, tiny_model_dir)
-        words = ("--export", tmp_path / "a", "--push-to-hub", "../evil")
+        words = ("--export", tmp_path / "a", "--push-to-hub", repo)
         assert "give OWNER/NAME" in spin("promote", layout.root, *words, expect=2).stderr
         assert not (tmp_path / "a").exists()

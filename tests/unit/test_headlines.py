@@ -102,6 +102,6 @@ def test_pass_at_k_and_the_win_rate_are_told_and_how_many_are_not(
 def test_a_model_card_has_them_where_no_gate_asks_for_them(run: RunLayout) -> None:
     config = collect(run.root).config
     assert config is not None
-    found = _measured(run, 0, config)
+    found = _measured(run, 0, config, [], verify=True)
     assert {"pass@8", "majority@8"} <= {*_columns("quiz", found["quiz"], config)}
     assert "win_rate" in _columns("duel", found["duel"], config)

@@ -16,7 +16,14 @@ from typer.testing import CliRunner, Result
 
 from spin_cli.app import app
 from spin_cli.lineage_views import dot_lines, tree_lines
-from stages.artifacts import Outcome, Plan, open_artifact, produce, read_manifest
+from stages.artifacts import (
+    Outcome,
+    Plan,
+    open_artifact,
+    produce,
+    read_manifest,
+    read_pointer,
+)
 from stages.artifacts.manifest import InputRef
 from stages.errors import CorruptError, InputError
 from stages.lineage import lineage, notable_settings, trace
@@ -283,6 +290,30 @@ class TestProblems:
     def test_an_input_that_is_gone_is_no_damage(self, run: Path) -> None:
         shutil.rmtree(run / "iterations/000/score")
         assert "PROBLEM: it is not in the run" in spin("lineage", "a").stdout
+
+    def test_a_champion_that_is_not_the_one_that_was_promoted_is_a_problem(self, run: Path) -> None:
+        pointer = read_pointer(run / "champion")
+        assert pointer is not None
+        last = pointer.history[-1].model_copy(update={"key": "0" * 64})
+        moved = pointer.model_copy(update={"key": last.key, "history": [last]})
+        (run / "champion").write_text(moved.to_text())
+        for name in ("a", "a/champion"):
+            [problem] = lineage(find_subject(name)).problems()
+            assert re.fullmatch(
+                r"iterations/001/train: another artifact is there now \(key \w{12}\) than was "
+                r"promoted \(key 000000000000\)", problem,
+            )  # fmt: skip
+        assert lineage(find_subject(f"a/{pointer.path}")).problems() == []
+
+    def test_no_path_of_this_machine_is_in_the_json(self, run: Path) -> None:
+        (run / "iterations/000/pair/manifest.json").write_text("{}")
+        for place in (run, run.relative_to(run.parent)):
+            found = lineage(find_subject(f"{place}/iterations/001/train")).to_json()
+            assert str(run.parent) not in json.dumps(found)
+            assert found["problems"] == [
+                "iterations/000/pair: iterations/000/pair/manifest.json is damaged (its hash does "
+                "not match); delete iterations/000/pair and run its stage again"
+            ]
 
     def test_a_path_that_leaves_the_run_is_not_followed(self, tmp_path: Path) -> None:
         root = tmp_path / "run"
