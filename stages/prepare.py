@@ -52,19 +52,17 @@ from stages.data.formats import (
     PromptResponse,
     prompt_id,
 )
+from stages.data.inputs import PrepareInputs, find_inputs
 from stages.data.rows import CONTAMINATION, DROPPED, PROMPTS
 from stages.data.sorting import LineSorter
 from stages.data.sources import (
-    FileSource,
     HubSource,
     RawRow,
     Source,
-    WordSumsSource,
     commit_name,
     is_data_file,
-    open_source,
 )
-from stages.errors import ConfigError, InputError
+from stages.errors import InputError
 from stages.progress import progress
 from stages.remote import Remote, is_url, local_path, open_remote
 
@@ -83,7 +81,6 @@ REASONS = (
 """Why a row is in no part; docs/data.md explains each."""
 
 CONTAMINATION_NAME = "contamination.parquet"
-GSM8K_ID, GSM8K_SUBSET = "openai/gsm8k", "main"
 DRAW_SALT = "spin-heldout"
 FETCHERS = 4
 SOURCES = ("source", "heldout_source")
@@ -99,14 +96,6 @@ _ORDINAL_DIGITS = 14
 _GOOD_AT = PROMPT_ID_DIGITS + 1 + _ORDINAL_DIGITS
 _GOOD = b"+"
 _encode = json.JSONEncoder(ensure_ascii=False).encode
-
-
-@dataclass(frozen=True)
-class PrepareInputs:
-    """The raw data, found but not yet read."""
-
-    source: Source
-    heldout_source: Source | None
 
 
 def run(config: RunConfig, out: Path) -> Manifest:
@@ -139,59 +128,6 @@ def run(config: RunConfig, out: Path) -> Manifest:
             fingerprints=fingerprints,
         )
         return produce(out, plan, lambda workspace: _fill(workspace, section, inputs, marks))
-
-
-def find_inputs(section: PrepareConfig, known_commits: dict[str, str]) -> PrepareInputs:
-    """Find the sources that the settings name.
-
-    Raises:
-        ConfigError: they name none, or contradict each other.
-        InputError: what they name does not exist.
-    """
-    if section.format == "word_sums":
-        for name in ("source", "heldout_source", "heldout_split"):
-            if getattr(section, name) is not None:
-                raise ConfigError(
-                    f"prepare.{name}={getattr(section, name)}: prepare.format=word_sums makes its "
-                    f"own rows; unset prepare.{name}, or set prepare.format to what the data is"
-                )
-        task = section.word_sums
-        return PrepareInputs(
-            WordSumsSource(task.num_examples, task.style, task.seed, task.skip), None
-        )
-    source, subset = section.source, section.subset
-    if source is None and section.format == "gsm8k":
-        source, subset = GSM8K_ID, subset or GSM8K_SUBSET
-    if source is None:
-        raise ConfigError(
-            "prepare.source is not set; set it to a file, a folder or a Hugging Face data set id"
-        )
-    found = open_source(
-        source,
-        split=section.split,
-        subset=subset,
-        revision=section.revision,
-        setting="prepare.source",
-        known_commits=known_commits,
-    )
-    if section.heldout_source is None and section.heldout_split is None:
-        return PrepareInputs(found, None)
-    if section.heldout_source is None and isinstance(found, FileSource) and not found.has_splits:
-        raise ConfigError(
-            f"prepare.heldout_split={section.heldout_split}: prepare.source={source} has no "
-            "splits; set prepare.heldout_source, or unset prepare.heldout_split"
-        )
-    heldout_source = section.heldout_source or source
-    same = heldout_source == source  # another data set has other subsets and commits
-    heldout = open_source(
-        heldout_source,
-        split=section.heldout_split or section.split,
-        subset=subset if same else None,
-        revision=section.revision if same else None,
-        setting="prepare.heldout_source" if section.heldout_source else "prepare.source",
-        known_commits=known_commits,
-    )
-    return PrepareInputs(found, heldout)
 
 
 def make_adapter(section: PrepareConfig) -> Adapter:

@@ -19,6 +19,7 @@ from stages.artifacts.produce import first_difference
 from stages.artifacts.tables import Row
 from stages.config import EngineConfig, RewardConfig, TaskSuiteConfig
 from stages.data.chat import chat_fingerprints, make_renderer
+from stages.data.inputs import other_source
 from stages.data.measures import Measure, write_measures
 from stages.data.rows import SUITE_EXAMPLES
 from stages.engines import gpus_used
@@ -91,6 +92,14 @@ def _open_data(work: SuiteWork, suite: TaskSuiteConfig) -> Artifact:
             raise ConfigError(
                 f"{path} is not the data of suites.{name}: {first_difference(theirs, ours)}; "
                 f"make it by {how}"
+            )
+        other = other_source(own, manifest.fingerprints, manifest.info.get("commits", {}))
+        if other is not None:
+            named = getattr(own, other)
+            raise ConfigError(
+                f"{path} is not the data of suites.{name}: it was made of another {other}"
+                f"{f' than {named}' if named else ''}, or of what that held before; make it by "
+                f"{how}"
             )
     return data
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stages import evaluate, suite
+from stages import evaluate, prepare, suite
 from stages.artifacts import (
     Manifest,
     Outcome,
@@ -220,6 +220,34 @@ def test_a_suite_with_data_of_its_own_asks_all_of_it(tmp_path: Path, tiny_model_
     of_the_run = make_data(tmp_path / "run", train={5: "a"}, heldout={4: "c"})
     with pytest.raises(ConfigError, match=r"is not the data of suites.quiz: .*heldout_size: 5 th"):
         ask(tmp_path / "wrong", tiny_model_dir, of_the_run, data=OWN)
+
+
+def test_the_prompts_of_another_suite_are_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Two suites may differ in nothing but their source, which is a place and in no key."""
+    for name in ("first", "second"):
+        row = {"prompt": f"The {name}?", "response": name}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    sections = {
+        name: OWN | {"source": str(tmp_path / f"{name}.jsonl"), "heldout_size": 0}
+        for name in ("first", "second")
+    }
+    made = tmp_path / "prompts"
+    prepare.run(RunConfig.model_validate({"prepare": sections["first"]}), made)
+    exact = {"reward": {"name": "exact"}, "of_run": {}}
+    ask(tmp_path / "a", tiny_model_dir, made, data=sections["first"], **exact)
+    moved = tmp_path / "elsewhere" / "first.jsonl"
+    moved.parent.mkdir()
+    (tmp_path / "first.jsonl").rename(moved)
+    ask(tmp_path / "b", tiny_model_dir, made, data=sections["first"], **exact)  # it is not here
+    ask(tmp_path / "c", tiny_model_dir, made, data=OWN | {"source": str(moved)}, **exact)
+    wrong = r"is not the data of suites.quiz: it was made of another source than .*second.jsonl"
+    with pytest.raises(ConfigError, match=wrong):
+        ask(tmp_path / "d", tiny_model_dir, made, data=sections["second"], **exact)
+    with pytest.raises(ConfigError, match="another source than org/other"):  # the hub is not asked
+        ask(tmp_path / "e", tiny_model_dir, made, data=OWN | {"source": "org/other"}, **exact)
+    moved.write_text(moved.read_text() * 2)
+    with pytest.raises(ConfigError, match="or of what that held before; make it by spin prepare"):
+        ask(tmp_path / "f", tiny_model_dir, made, data=OWN | {"source": str(moved)}, **exact)
 
 
 def test_what_has_no_score_is_left_out_and_told(
