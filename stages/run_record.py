@@ -19,8 +19,8 @@ def read_recipe(layout: RunLayout) -> Recipe:
     """Return the recipe of a run.
 
     Raises:
-        InputError: the directory is no run.
-        CorruptError: its run.json cannot be read.
+        InputError: the directory is no run, or its run.json cannot be read.
+        CorruptError: its run.json is damaged.
     """
     recipe = _find_recipe(layout)
     if recipe is None:
@@ -107,6 +107,11 @@ def _find_recipe(layout: RunLayout) -> Recipe | None:
         data = layout.record.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise InputError(
+            f"{layout.record} cannot be read ({error.strerror}); mend its permissions, or restore "
+            "the file"
+        ) from None
     return parse_record(data, layout.record)
 
 

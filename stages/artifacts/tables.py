@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,8 +103,8 @@ def read_batches(
     """
     for path in paths:
         try:
-            # Not buffered ahead: the reader would hold every row group it has read to the end.
-            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            # Opened here: pyarrow takes no path that is not UTF-8.
+            with path.open("rb") as source, _parquet(source) as file:
                 if not file.schema_arrow.equals(schema):
                     raise CorruptError(
                         f"{path} has columns {file.schema_arrow.names}, expected {schema.names}; "
@@ -132,10 +132,16 @@ def count_rows(paths: Iterable[Path]) -> int:
     total = 0
     for path in paths:
         try:
-            total += pq.read_metadata(path).num_rows
+            with path.open("rb") as source:
+                total += pq.read_metadata(source).num_rows
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
     return total
+
+
+def _parquet(source: BinaryIO) -> pq.ParquetFile:
+    # Not buffered ahead: the reader would hold every row group it has read to the end.
+    return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
 
 
 def _unreadable(path: Path, error: Exception) -> CorruptError:

@@ -391,6 +391,13 @@ def test_a_run_that_stopped_after_a_stage(run: RunLayout, last: str) -> None:
     assert "What could not be read" not in text or last in ("generate", "pair", "score")
 
 
+def test_a_run_in_a_folder_whose_name_is_no_text(run: RunLayout) -> None:
+    moved = run.root.with_name(os.fsdecode(b"caf\xe9"))
+    run.root.rename(moved)
+    written = write_report(moved, moved.parent / "report.html")
+    assert (written.iterations, written.problems) == (3, ())
+
+
 def test_a_run_that_was_rolled_back_says_so(run: RunLayout) -> None:
     rollback(run)
     view = collect(run.root)

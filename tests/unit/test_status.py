@@ -253,6 +253,12 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         status(tmp_path / "none")
 
 
+def test_a_run_record_that_is_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(InputError, match=r"run\.json cannot be read \(Is a directory\)"):
+        status(tmp_path)
+
+
 def test_a_damaged_run_record_is_told(tmp_path: Path) -> None:
     layout, _ = a_run(tmp_path)
     layout.record.write_text(layout.record.read_text().replace("sigmoid", "hinge") + " ")

@@ -1,5 +1,6 @@
 """Parquet as the project writes it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,28 @@ def test_what_is_no_parquet_is_refused(tmp_path: Path, content) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="cannot be read as Parquet"):
         list(read_rows([tmp_path / "a"], SCHEMA))
+
+
+def test_a_folder_whose_name_is_no_text_can_be_read(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_table(tmp_path / "a")
+    (tmp_path / "a").rename(folder / "a")
+    assert len(list(read_rows([folder / "a"], SCHEMA))) == count_rows([folder / "a"]) > 0
+
+
+def test_a_reader_that_is_left_early_closes_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_table(path)
+
+    def times_open() -> int:
+        return sum(each.resolve() == path for each in Path("/proc/self/fd").iterdir())
+
+    rows = read_rows([path], SCHEMA)
+    next(rows)
+    assert times_open() == 1
+    rows.close()
+    assert times_open() == 0
 
 
 def test_errors_of_the_reader_s_user_are_not_taken_for_damage(tmp_path: Path) -> None:
