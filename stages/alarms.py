@@ -291,7 +291,7 @@ class TrainingWatch:
 
         `chosen_fall`: nats a token that the chosen responses lost against the reference, negative
         where they gained; `highest_accuracy`; both means over a tenth of the steps, five at least,
-        so that `last_accuracy`, of one step, may lie above the highest.
+        so that `last_accuracy`, over a tenth but of one step if need be, may lie above the highest.
         `highest_grad_norm_ratio`: of a step's gradient norm to the median of those before, where
         there were ten.
         """

@@ -16,8 +16,8 @@ STAGES = {
 }  # fmt: skip
 BASE = {"artifacts", "config", "errors"}
 BELOW_STAGES = BASE | {
-    "layout", "decisions", "progress", "journal", "tracking", "answers", "data", "objective", "model",
-    "engines", "rewards", "remote", "alarms", "gates", "evidence",
+    "layout", "decisions", "progress", "journal", "tracking", "answers", "data", "objective",
+    "model", "engines", "rewards", "remote", "alarms", "gates", "evidence",
 }  # fmt: skip
 OF_A_RUN = {"layout", "run_record", "decisions", "recipe"}
 # Room → the rooms it may import from. A room is a module or package right below stages/.
@@ -62,7 +62,9 @@ ALLOWED = {
     "reproduce": BASE | OF_A_RUN | {"data", "lineage", "subjects"},
     "compare": BASE | {"data", "headlines", "layout", "lineage", "subjects"},
     "model_card": BASE,
-    "export": BASE | OF_A_RUN | {"data", "headlines", "lineage", "model", "model_card", "reproduce"},
+    "export": BASE
+    | OF_A_RUN
+    | {"data", "headlines", "lineage", "model", "model_card", "reproduce"},
     "hub": BASE | {"model_card"},
     "transfer": BASE | OF_A_RUN | {"progress", "remote"},
     "spin_cli": BASE
