@@ -267,7 +267,7 @@ class TestArtifacts:
             "kind": "all", "passed": False, "text": "1 of 2", "figures": {},
             "children": [
                 {"kind": "better", "passed": True, "text": "it is better", "children": [],
-                 "figures": {"gain": 0.125, "p_value": None}},
+                 "figures": {"gain": 0.125, "p_value": 0.25, "low": None}},
                 {"kind": "length_within", "passed": False, "text": "too long", "children": []},
             ],
         }  # fmt: skip
@@ -277,7 +277,7 @@ class TestArtifacts:
         assert "decision  refused\n" in lines
         assert "verdict   failed  all: 1 of 2\n" in lines
         assert "              passed  better: it is better\n" in lines
-        assert "gain 0.125\n" in lines
+        assert "gain 0.125, one-sided p 0.25\n" in lines
         assert "              failed  length_within: too long\n" in lines
 
     def test_conditions_keep_their_indentation_and_tell_the_gain_first(
@@ -297,7 +297,7 @@ class TestArtifacts:
         assert own == 12 + 2 * 2
         assert len(after) > 2
         assert set(after) == {own + 8}
-        order = "gain 0.2, low -0.1, high 0.3, p_value 0.1, wins 7, losses 3, metric m, value 0.5"
+        order = "gain 0.2, low -0.1, high 0.3, one-sided p 0.1, wins 7, losses 3, metric m"
         assert order in " ".join(text.split())
 
     def test_dropped_rows_have_their_reasons(self, run: RunLayout) -> None:
