@@ -18,7 +18,6 @@ from stages.config import (
     OF_COMPARISON,
     RunConfig,
     SamplingConfig,
-    Suite,
     TaskSuiteConfig,
     WinRateSuiteConfig,
 )
@@ -309,8 +308,8 @@ def _artifacts(step: Step, layout: RunLayout, recipe: Recipe) -> list[str]:
     """Return the manifests of a run that a step reads, as make knows them."""
     if step.stage == "promote":
         assert step.iteration is not None, "an iteration's player is promoted"
-        suites = asked_suites(recipe.for_iteration(step.iteration), step.iteration)
-        places = [layout.suite(step.iteration, name) for name, _ in suites]
+        suites = recipe.for_iteration(step.iteration).suites_after(step.iteration)
+        places = [layout.suite(step.iteration, name) for name in suites]
         read = [layout.stage(step.iteration, "evaluate"), *places]
         return [str(place / MANIFEST_NAME) for place in read]
     single = (place for name, place in step.options.items() if name not in ("part", "suite"))
@@ -405,7 +404,7 @@ def _iteration_steps(
         "opponent_evaluation": now.evaluation,
     }
     yield step("evaluate", {"model": place["train"], **data, **against})
-    for name, suite in asked_suites(config, iteration):
+    for name, suite in config.suites_after(iteration).items():
         more: dict[str, str] = {}
         if isinstance(suite, WinRateSuiteConfig):
             more["answers"] = place["evaluate"]
@@ -418,11 +417,6 @@ def _iteration_steps(
             layout, config, iteration, name, {"model": place["train"], **data, **more}
         )
     yield step("promote", {})
-
-
-def asked_suites(config: RunConfig, iteration: int) -> list[tuple[str, Suite]]:
-    """Return the suites that a run asks after an iteration."""
-    return [(n, suite) for n, suite in config.suites.items() if (iteration + 1) % suite.every == 0]
 
 
 def _suites_with_data(config: RunConfig) -> list[str]:

@@ -44,11 +44,10 @@ def _asking(
     config: RunConfig, *, plays: bool
 ) -> Iterator[tuple[str, SamplingConfig, EngineConfig]]:
     """Yield what asks for answers: its place in the recipe, how they are drawn, and by what."""
-    engine = config.generate.engine
     if plays:
-        yield "generate", config.generate, engine
-    engine = config.evaluate.engine or engine
-    yield "evaluate", config.evaluate, engine
+        yield "generate", config.generate, config.generate.engine
+    yield "evaluate", config.evaluate, config.answering_engine()
     for name, suite in config.suites.items():
         if isinstance(suite, SamplingConfig):
-            yield f"suites.{name}", suite, getattr(suite, "engine", None) or engine
+            own = getattr(suite, "engine", None)
+            yield f"suites.{name}", suite, config.answering_engine(own)

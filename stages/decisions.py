@@ -79,9 +79,7 @@ def outcome(layout: RunLayout, iteration: int, *, promoted: bool, pointer: Point
         return "champion"
     if not promoted:
         return "refused"
-    was_there = pointer is not None and any(entry.path == path for entry in pointer.history)
-    on_trail = pointer is not None and any(entry.path == path for entry in pointer.trail())
-    return "rolled back" if was_there and not on_trail else "promoted"
+    return "rolled back" if is_rolled_back(layout, iteration, pointer) else "promoted"
 
 
 def champion_evaluation(layout: RunLayout, iteration: int) -> Path | None:
@@ -196,8 +194,8 @@ def opponent_of(layout: RunLayout, recipe: Recipe, iteration: int) -> Opponent:
             f"run: spin promote {layout.root} --iteration {before}"
         )
     decision = read_decision(out)
-    last = player(layout, before)
-    if policy == "player" or (decision.promoted and not _is_rolled_back(layout, before)):
+    last, pointer = player(layout, before), read_pointer(layout.champion)
+    if policy == "player" or (decision.promoted and not is_rolled_back(layout, before, pointer)):
         return last
     retries = refusals_before(layout, before) if policy == "retry" else None
     if policy == "stop" or (retries is not None and retries >= promote.retry.times):
@@ -216,7 +214,7 @@ def refusals_before(layout: RunLayout, iteration: int) -> int:
     Raises:
         InputError: an iteration before is not decided yet.
     """
-    refusals = 0
+    refusals, pointer = 0, read_pointer(layout.champion)
     for before in range(iteration - 1, -1, -1):
         last = layout.stage(before, "train")
         played = _recorded_opponent(layout, before + 1)
@@ -224,7 +222,7 @@ def refusals_before(layout: RunLayout, iteration: int) -> int:
             is_refused = not played.inside_run or played.path != layout.relative(last)
         else:
             decision = read_decision(layout.stage(before, "promote"))
-            is_refused = not decision.promoted or _is_rolled_back(layout, before)
+            is_refused = not decision.promoted or is_rolled_back(layout, before, pointer)
         if not is_refused:
             break
         refusals += 1
@@ -286,9 +284,8 @@ def _recorded_opponent(layout: RunLayout, iteration: int) -> InputRef | None:
     return None
 
 
-def _is_rolled_back(layout: RunLayout, iteration: int) -> bool:
+def is_rolled_back(layout: RunLayout, iteration: int, pointer: Pointer | None) -> bool:
     """Tell whether the pointer came to an iteration's player and was taken back from it."""
-    pointer = read_pointer(layout.champion)
     if pointer is None:
         return False
     path = layout.relative(layout.stage(iteration, "train"))

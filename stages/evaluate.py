@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stages import engines
 from stages.alarms import sound
@@ -99,7 +98,7 @@ def run(
         config={
             "seed": config.seed,
             "evaluate": config.evaluate.identity(),
-            "engine": _engine(config).identity(),
+            "engine": config.answering_engine().identity(),
             "reward": reward.identity if reward else config.reward.identity(),
             "beta": config.train.beta if opponent else None,
             "chat": config.chat.identity(),
@@ -110,7 +109,7 @@ def run(
 
     def fill(space: Workspace) -> Outcome:
         renderer = make_renderer(model.verified(), config.chat)
-        engine, settings = _engine(config), config.evaluate
+        engine, settings = config.answering_engine(), config.evaluate
         asker = Asker("evaluate", open_engine, engine, settings, config.seed, renderer, space)
         return _fill(space, _Work(config, data, model, reward, asker), opponent)
 
@@ -183,7 +182,7 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     return Outcome(
         counts={"prompts": len(rows), "dropped_refused": refused, **unscored},
         metrics=metrics,
-        info={"gpus": engines.gpus_used(_engine(work.config))},
+        info={"gpus": engines.gpus_used(work.config.answering_engine())},
         tokens=sum(len(row["sampled_token_ids"]) for row in rows),
     )
 
@@ -545,7 +544,7 @@ def _open_opponent_evaluation(
             "no reward to compare with (alarm accuracy_drop)", found.path, " and ".join(differing),
         )  # fmt: skip
         return None
-    engine, their_engine = _engine(config).identity(), theirs["engine"]
+    engine, their_engine = config.answering_engine().identity(), theirs["engine"]
     others = sorted(name for name, mine in engine.items() if their_engine.get(name) != mine)
     if others:
         _log.warning(
@@ -562,10 +561,6 @@ def _is_scored_by(reward: RewardSource | None, evaluation: Manifest) -> bool:
     theirs = {name: evaluation.inputs.get(name) for name in reward.inputs}
     ours = {name: (ref.key, ref.content) for name, ref in reward.inputs.items()}
     return ours == {name: ref and (ref.key, ref.content) for name, ref in theirs.items()}
-
-
-def _engine(config: RunConfig) -> Any:
-    return config.evaluate.engine or config.generate.engine
 
 
 def _mean(values: Sequence[float]) -> float:

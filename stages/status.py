@@ -17,7 +17,7 @@ from stages.artifacts.pointer import Pointer, read_pointer
 from stages.config import RunConfig
 from stages.convergence import converged
 from stages.data.measures import INTERVALS_FILE
-from stages.decisions import DECISION, METRICS
+from stages.decisions import DECISION, METRICS, is_rolled_back
 from stages.errors import SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import Recipe
@@ -71,7 +71,7 @@ def _iteration(
     places = {name: layout.stage(iteration, name) for name in ITERATION_STAGES}
     pool = range(1, min(config.generate.pool.size, iteration) + 1)
     places |= {f"pool-{member}": layout.pool(iteration, member) for member in pool}
-    suites = [n for n, suite in config.suites.items() if (iteration + 1) % suite.every == 0]
+    suites = config.suites_after(iteration)
     places |= {f"suite-{name}": layout.suite(iteration, name) for name in suites}
     stages = {name: stage_state(place) for name, place in places.items()}
     if stages["pair"]["state"] == "done":  # the pool that it was made with counts
@@ -90,7 +90,7 @@ def _iteration(
         **evaluation,
         "suites": _suites(layout, config, iteration),
         "decision": decision,
-        "rolled_back": _is_rolled_back(layout, iteration, pointer),
+        "rolled_back": is_rolled_back(layout, iteration, pointer),
         "reference": _reference(layout, iteration),
         "optimizer": _optimizer(layout, iteration),
         "training": _training(layout, iteration),
@@ -136,13 +136,6 @@ def _evaluation(out: Path) -> dict[str, Any]:
         "metrics": _object(out, METRICS) or {},
         "intervals": _object(out, INTERVALS_FILE) or {},
     }
-
-
-def _is_rolled_back(layout: RunLayout, iteration: int, pointer: Pointer | None) -> bool:
-    path = layout.relative(layout.stage(iteration, "train"))
-    trail = [] if pointer is None else [entry.path for entry in pointer.trail()]
-    history = [] if pointer is None else [entry.path for entry in pointer.history]
-    return path in history and path not in trail
 
 
 def _object(out: Path, relative: str) -> dict[str, Any] | None:

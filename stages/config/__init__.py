@@ -157,8 +157,8 @@ class RunConfig(Section):
             if isinstance(suite, SamplingConfig):
                 sections[f"suites.{name}"] = suite
         for name, section in sections.items():
-            inherited = None if name == "generate" else self.evaluate.engine
-            engine = section.engine or inherited or self.generate.engine
+            is_generate = name == "generate"
+            engine = section.engine if is_generate else self.answering_engine(section.engine)
             if engine.name != "transformers" and not has_temperature(section.temperature):
                 raise ValueError(
                     f"{name}.temperature={section.temperature}: vLLM has 0 (greedy) and "
@@ -166,6 +166,15 @@ class RunConfig(Section):
                     f"{name}.engine.name=transformers"
                 )
         return self
+
+    def answering_engine(self, own: EngineConfig | None = None) -> EngineConfig:
+        """Return the engine that an evaluation asks with: its own, or else evaluate's."""
+        return own or self.evaluate.engine or self.generate.engine
+
+    def suites_after(self, iteration: int | None) -> dict[str, Suite]:
+        """Return the suites whose turn it is after an iteration; None: before the first, all."""
+        turn = 0 if iteration is None else iteration + 1
+        return {name: suite for name, suite in self.suites.items() if turn % suite.every == 0}
 
     @model_validator(mode="after")
     def _gates_ask_known_suites(self) -> "RunConfig":

@@ -299,9 +299,7 @@ class _Reader:
 
     def _suites(self, iteration: int | None, recipe: Recipe | None) -> Iterator[Piece]:
         """Yield the suites that the recipe asks here, and others that were asked."""
-        asked = recipe.for_iteration(iteration).suites if recipe else {}
-        names = [n for n, suite in asked.items() if not ((iteration or 0) + 1) % suite.every]
-        names = list(asked) if iteration is None else names
+        names = recipe.for_iteration(iteration).suites_after(iteration) if recipe else {}
         parent = self.layout.suite(iteration, "x").parent
         found = [p.name.removeprefix("suite-") for p in _folders(parent) if "suite-" in p.name[:6]]
         for name in dict.fromkeys([*names, *found]):

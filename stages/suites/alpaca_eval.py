@@ -15,15 +15,14 @@ from typing import Any
 from stages.artifacts import Manifest, Outcome, Plan, Workspace, produce
 from stages.artifacts.keys import sha256_bytes
 from stages.artifacts.tables import Row
-from stages.config import AlpacaEvalSuiteConfig, EngineConfig
-from stages.data.chat import chat_fingerprints, make_renderer
+from stages.config import AlpacaEvalSuiteConfig
+from stages.data.chat import chat_fingerprints
 from stages.data.measures import Measure, write_measures
 from stages.engines import gpus_used
 from stages.engines.base import Completion
 from stages.errors import InputError
 from stages.model.source import ModelSource
 from stages.suites import exchange
-from stages.suites.answering import Asker
 from stages.suites.base import STAGE, SuiteWork
 from stages.suites.exchange import Answer, Judgement
 from stages.suites.wins import Win, measured_wins
@@ -93,7 +92,7 @@ def _ask(work: SuiteWork, suite: AlpacaEvalSuiteConfig) -> Manifest:
             **suite.identity(),
             "instructions_sha256": sha256_bytes(data),
             "seed": config.seed,
-            "engine": _engine(work, suite).identity(),
+            "engine": work.config.answering_engine(suite.engine).identity(),
             "chat": config.chat.identity(),
         },
         inputs={"model": model.ref},
@@ -102,14 +101,10 @@ def _ask(work: SuiteWork, suite: AlpacaEvalSuiteConfig) -> Manifest:
 
     def fill(space: Workspace) -> Outcome:
         answers = _answers(work, suite, model, instructions, space)
-        gpus = gpus_used(_engine(work, suite))
+        gpus = gpus_used(work.config.answering_engine(suite.engine))
         return _write_answers(space, inputs.name, instructions, answers, plan.key, gpus)
 
     return produce(work.out, plan, fill, resumable=True, reuse=True)
-
-
-def _engine(work: SuiteWork, suite: AlpacaEvalSuiteConfig) -> EngineConfig:
-    return suite.engine or work.config.evaluate.engine or work.config.generate.engine
 
 
 def _answers(
@@ -120,11 +115,7 @@ def _answers(
     space: Workspace,
 ) -> dict[str, Answer]:
     """Return the answer to every instruction, by prompt id."""
-    renderer = make_renderer(model.verified(), work.config.chat)
-    asker = Asker(
-        f"suite {work.inputs.name}", work.open_engine, _engine(work, suite), suite,
-        work.config.seed, renderer, space,
-    )  # fmt: skip
+    asker = work.asker(model, suite, space, suite.engine)
     rows: list[Row] = [
         {
             "prompt_id": one.prompt_id,
@@ -142,7 +133,7 @@ def _answers(
     done: dict[str, Completion] = {
         prompt_id: answer for prompt_id, _, answer in asker.answers(model, asked, 1, greedy=False)
     }
-    texts = renderer.texts([answer.token_ids for answer in done.values()])
+    texts = asker.renderer.texts([answer.token_ids for answer in done.values()])
     text_of = dict(zip(done, texts, strict=True))
     return {
         one.prompt_id: Answer(

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artifacts import run_root
-from stages.config import RunConfig
+from stages.artifacts import Workspace, run_root
+from stages.config import EngineConfig, RunConfig, SamplingConfig
+from stages.data.chat import make_renderer
 from stages.engines import OpenEngine
 from stages.errors import ConfigError
 from stages.model.source import ModelSource, resolve_model
+from stages.suites.answering import Asker
 
 STAGE = "suite"
 """What the manifests of all kinds say."""
@@ -56,6 +58,25 @@ class SuiteWork:
             raise ConfigError(f"suites.{self.inputs.name} asks a model; name one by --model")
         inputs = self.inputs
         return resolve_model(inputs.model or "", inputs.revision, self.root, self.config.verify)
+
+    def asker(
+        self,
+        model: ModelSource,
+        sampling: SamplingConfig,
+        space: Workspace,
+        engine: EngineConfig | None,
+    ) -> Asker:
+        """Return what asks the model.
+
+        Args:
+            engine: the suite's own, if it has one.
+        """
+        config = self.config
+        renderer = make_renderer(model.verified(), config.chat)
+        return Asker(
+            f"suite {self.inputs.name}", self.open_engine, config.answering_engine(engine),
+            sampling, config.seed, renderer, space,
+        )  # fmt: skip
 
     def refuse_all_but(self, *used: str) -> None:
         """Check that no input is given that this kind of suite has no use for.

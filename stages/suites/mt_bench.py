@@ -14,8 +14,8 @@ from stages import engines
 from stages.artifacts import Manifest, Outcome, Plan, Workspace, produce
 from stages.artifacts.keys import sha256_bytes, sha256_text
 from stages.artifacts.tables import Row
-from stages.config import EngineConfig, MtBenchSuiteConfig
-from stages.data.chat import chat_fingerprints, make_renderer
+from stages.config import MtBenchSuiteConfig
+from stages.data.chat import chat_fingerprints
 from stages.data.measures import Measure, write_measures
 from stages.engines.base import Completion, Engine, Request, Sampling
 from stages.errors import InputError
@@ -121,7 +121,7 @@ def _ask(work: SuiteWork, suite: MtBenchSuiteConfig) -> Manifest:
             **suite.identity(),
             "questions_sha256": digest,
             "seed": config.seed,
-            "engine": _engine(work, suite).identity(),
+            "engine": work.config.answering_engine(suite.engine).identity(),
             "chat": config.chat.identity(),
         },
         inputs={"model": model.ref},
@@ -130,14 +130,10 @@ def _ask(work: SuiteWork, suite: MtBenchSuiteConfig) -> Manifest:
 
     def fill(space: Workspace) -> Outcome:
         answers = _Interview(work, suite, model, questions, space).answers()
-        gpus = engines.gpus_used(_engine(work, suite))
+        gpus = engines.gpus_used(work.config.answering_engine(suite.engine))
         return _write_answers(space, inputs.name, questions, answers, plan.key, gpus)
 
     return produce(work.out, plan, fill, reuse=True)
-
-
-def _engine(work: SuiteWork, suite: MtBenchSuiteConfig) -> EngineConfig:
-    return suite.engine or work.config.evaluate.engine or work.config.generate.engine
 
 
 class _Interview:
@@ -151,11 +147,7 @@ class _Interview:
         questions: Sequence[Question],
         space: Workspace,
     ) -> None:
-        renderer = make_renderer(model.verified(), work.config.chat)
-        asker = Asker(
-            f"suite {work.inputs.name}", work.open_engine, _engine(work, suite), suite,
-            work.config.seed, renderer, space,
-        )  # fmt: skip
+        asker = work.asker(model, suite, space, suite.engine)
         self._suite, self._model, self._questions = suite, model, questions
         self._asker, self._room = asker, self._longest(asker)
 

@@ -18,7 +18,7 @@ from stages.artifacts import (
 from stages.artifacts.produce import first_difference
 from stages.artifacts.tables import Row
 from stages.config import EngineConfig, RewardConfig, TaskSuiteConfig
-from stages.data.chat import chat_fingerprints, make_renderer
+from stages.data.chat import chat_fingerprints
 from stages.data.inputs import other_source
 from stages.data.measures import Measure, write_measures
 from stages.data.rows import SUITE_EXAMPLES
@@ -47,7 +47,7 @@ def run(work: SuiteWork, suite: TaskSuiteConfig) -> Manifest:
     work.refuse_all_but("model", "revision", "data")
     name, config = work.inputs.name, work.config
     data, model, reward = _open_data(work, suite), work.model(), _find_reward(work, suite)
-    engine = suite.engine or config.evaluate.engine or config.generate.engine
+    engine = config.answering_engine(suite.engine)
     plan = Plan(
         stage=STAGE,
         format_version=FORMAT_VERSION,
@@ -132,9 +132,7 @@ class _Answer:
 
 
 def _fill(work: SuiteWork, task: _Task, space: Workspace) -> Outcome:
-    renderer = make_renderer(task.model.verified(), work.config.chat)
-    stage, seed = f"suite {task.name}", work.config.seed
-    asker = Asker(stage, work.open_engine, task.engine, task.suite, seed, renderer, space)
+    stage, asker = f"suite {task.name}", work.asker(task.model, task.suite, space, task.engine)
     asked, refused = _asked(task, asker)
     answers = _answers(task, asker, asked)
     measures: list[Measure] = []

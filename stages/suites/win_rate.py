@@ -24,8 +24,8 @@ from stages.artifacts import (
     read_rows,
 )
 from stages.artifacts.tables import Row
-from stages.config import EngineConfig, SamplingConfig, WinRateSuiteConfig
-from stages.data.chat import chat_fingerprints, make_renderer
+from stages.config import SamplingConfig, WinRateSuiteConfig
+from stages.data.chat import chat_fingerprints
 from stages.data.measures import Measure, write_measures
 from stages.data.rows import EXAMPLES, JUDGEMENTS, SUITE_EXAMPLES
 from stages.engines import gpus_used
@@ -38,7 +38,6 @@ from stages.suites.answering import (
     GREEDY,
     Answers,
     Asked,
-    Asker,
     chosen_rows,
     score_answers,
 )
@@ -128,9 +127,9 @@ def run(work: SuiteWork, suite: WinRateSuiteConfig) -> Manifest:
             ours = _ask(work, suite, asked, rows, space)
         pairs, counts = _pairs(work.inputs.name, sources, suite, rows, ours)
         outcome = _fill(space, work.inputs.name, suite, pairs, reward, counts)
-        return (
-            outcome if asked is None else replace(outcome, info={"gpus": gpus_used(_engine(work))})
-        )
+        if asked is None:
+            return outcome
+        return replace(outcome, info={"gpus": gpus_used(work.config.answering_engine())})
 
     return produce(work.out, plan, fill, resumable=True, reuse=True)
 
@@ -234,13 +233,9 @@ def _asking(work: SuiteWork) -> dict[str, Any]:
     return {
         "seed": work.config.seed,
         "sampling": {name: evaluate[name] for name in SamplingConfig.model_fields},
-        "engine": _engine(work).identity(),
+        "engine": work.config.answering_engine().identity(),
         "chat": work.config.chat.identity(),
     }
-
-
-def _engine(work: SuiteWork) -> EngineConfig:
-    return work.config.evaluate.engine or work.config.generate.engine
 
 
 def _ask(
@@ -251,18 +246,14 @@ def _ask(
     space: Workspace,
 ) -> dict[str, str]:
     """Return the model's answers by prompt id; prompts that it cannot be asked have none."""
-    renderer = make_renderer(model.verified(), work.config.chat)
-    asker = Asker(
-        f"suite {work.inputs.name}", work.open_engine, _engine(work), work.config.evaluate,
-        work.config.seed, renderer, space,
-    )  # fmt: skip
+    asker = work.asker(model, work.config.evaluate, space, None)
     asked, _ = asker.askable(model, rows)
     if not asked:
         return {}
     is_greedy = suite.answers == "greedy"
     found = asker.answers(model, asked, 0 if is_greedy else 1, greedy=is_greedy)
     tokens = {prompt_id: done.token_ids for prompt_id, _, done in found}
-    return dict(zip(tokens, renderer.texts(list(tokens.values())), strict=True))
+    return dict(zip(tokens, asker.renderer.texts(list(tokens.values())), strict=True))
 
 
 def _pairs(
