@@ -25,6 +25,7 @@ from stages.suites import exchange
 from stages.suites.answering import Asked, Asker
 from stages.suites.base import STAGE, SuiteWork
 from stages.suites.exchange import Answer, Judgement
+from stages.suites.kept import AnswerShard, ask_for
 
 FORMAT_VERSION = 1
 KIND = "mt_bench"
@@ -133,7 +134,7 @@ def _ask(work: SuiteWork, suite: MtBenchSuiteConfig) -> Manifest:
         gpus = engines.gpus_used(work.config.answering_engine(suite.engine))
         return _write_answers(space, inputs.name, questions, answers, plan.key, gpus)
 
-    return produce(work.out, plan, fill, reuse=True)
+    return produce(work.out, plan, fill, resumable=True, reuse=True)
 
 
 class _Interview:
@@ -185,8 +186,10 @@ class _Interview:
         asked, _ = asker.askable(self._model, rows)
         limit = self._room - self._suite.max_new_tokens
         fitting = [one for one in asked if len(one.prompt_token_ids) <= limit]
+        name = f"answers-{turn}-{temperature}"
         given = {
-            done.request_id: done for done in self._generate(engine, fitting, temperature, bar)
+            done.request_id: done
+            for done in self._generate(engine, name, fitting, temperature, bar)
         }
         texts = asker.renderer.texts([done.token_ids for done in given.values()])
         text_of = dict(zip(given, texts, strict=True))
@@ -198,8 +201,9 @@ class _Interview:
         }
 
     def _generate(
-        self, engine: Engine, asked: Sequence[Asked], temperature: float, bar: Progress
+        self, engine: Engine, name: str, asked: Sequence[Asked], temperature: float, bar: Progress
     ) -> Iterator[Completion]:
+        """Yield the answers: those of a cut-off attempt, or new ones, kept under a name."""
         sampling = Sampling(
             temperature=temperature,
             top_p=self._suite.top_p,
@@ -211,7 +215,14 @@ class _Interview:
             Request(a.prompt_id, a.prompt_token_ids, self._asker.sample_seed(a.prompt_id, 0))
             for a in asked
         ]
-        for done in engine.generate(requests, sampling) if requests else ():
+        kept = AnswerShard(self._asker.space, name, requests)
+        if not requests:
+            return
+        if kept.is_done:
+            bar.skip(len(requests))
+            yield from kept.read()
+            return
+        for done in ask_for([kept], engine, sampling):
             bar.advance(1, len(done.token_ids))
             yield done
 

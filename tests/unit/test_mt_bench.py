@@ -143,6 +143,22 @@ def test_asking_again_gives_the_same_bytes(
     assert len({again.key, fewer.key, hotter.key}) == 3
 
 
+def test_an_interview_that_was_cut_off_goes_on_where_it_was(
+    tmp_path: Path, questions: Path, tiny_model_dir: Path, asked: tuple[Path, Replies]
+) -> None:
+    def dies(request: str) -> str:
+        if request == "141/2":
+            raise KeyboardInterrupt
+        return "A " + request.replace("/", " ")
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path / "out", questions, tiny_model_dir, Replies(tiny_model_dir, dies))
+    engine = Replies(tiny_model_dir, lambda request: "A " + request.replace("/", " "))
+    resumed = ask(tmp_path / "out", questions, tiny_model_dir, engine)
+    assert sorted(engine.asked) == ["141/2", "200/2", "81/2"]
+    assert resumed.content() == open_artifact(asked[0]).manifest.content()
+
+
 def test_sampling_and_engine_are_the_suites_own(
     tmp_path: Path, questions: Path, tiny_model_dir: Path, asked: tuple[Path, Replies]
 ) -> None:
