@@ -288,22 +288,47 @@ class TestCombinations:
         verdict = judge(condition(**{outer: [one, {inner: others}]}), evidence())
         assert verdict.passed is rule[outer]([given[0], rule[inner](given[1:])])
 
+    LEAVES = (
+        {"better": {"metric": "accuracy"}},
+        {"better": {"metric": "accuracy", "by": 0.02}},
+        {"not_worse": {"metric": "accuracy", "margin": 0.02}},
+        {"not_worse": {"metric": "accuracy", "margin": 0.02, "lower": True}},
+        HOLDS,
+        FAILS,
+        {"length_within": {"share": 0.2, "against": "champion"}},
+        {"length_within": {"share": 0.1, "against": "champion"}},
+        {"alarms_clear": "refuse"},
+        {"alarms_clear": "note"},
+    )
+    """Of each kind one that holds and one that does not, of what `given` shows."""
+
     def test_random_trees_are_the_logic_of_their_leaves(self) -> None:
         rng = np.random.default_rng(0)
+        given = evidence(alarms=[NOTED])
+        alone = [judge(condition(**leaf), given) for leaf in self.LEAVES]
+        assert [verdict.passed for verdict in alone] == [True, False] * 5
+        assert len({verdict.kind for verdict in alone}) == 5
 
-        def grown(depth: int) -> tuple[dict[str, Any], bool]:
+        def grown(depth: int) -> tuple[dict[str, Any], bool, list[Verdict]]:
+            """A tree, whether it holds, and its leaves' verdicts in order."""
             if depth == 0 or rng.random() < 0.3:
-                holds = bool(rng.random() < 0.5)
-                return (HOLDS if holds else FAILS), holds
+                drawn = rng.integers(len(alone))
+                return self.LEAVES[drawn], alone[drawn].passed, [alone[drawn]]
             name = "all" if rng.random() < 0.5 else "any"
             inner = [grown(depth - 1) for _ in range(rng.integers(1, 4))]
             rule = all if name == "all" else any
-            return {name: [tree for tree, _ in inner]}, rule(holds for _, holds in inner)
+            told = [leaf for _, _, leaves in inner for leaf in leaves]
+            return {name: [tree for tree, _, _ in inner]}, rule(h for _, h, _ in inner), told
 
-        for _ in range(100):
-            tree, expected = grown(4)
-            verdict = judge(condition(**tree), evidence())
+        def leaves(verdict: Verdict) -> list[Verdict]:
+            children = [leaf for child in verdict.children for leaf in leaves(child)]
+            return children if verdict.children else [verdict]
+
+        for _ in range(40):
+            tree, expected, told = grown(4)
+            verdict = judge(condition(**tree), given)
             assert verdict.passed is expected
+            assert leaves(verdict) == told
             assert all(sentences(verdict))
 
     def test_what_failed_is_told_and_what_holds_where_it_does(self) -> None:
