@@ -5,7 +5,9 @@
 Simulates players of known true gain, and asks the tests that gates ask (stages/data/paired.py):
 answers that are right or wrong, of which a known share differs between player and rival; and means
 of skewed numbers. Then ten gates in a row that no player deserves to pass. What is asked for the
-claim is marked: the largest share of false promotions, and its simulation error.
+claim is marked: the largest share of false promotions, and its simulation error. Where answers are
+right or wrong, the same is summed over all outcomes too, for other sizes and shares; and how often
+the intervals of evaluations hold the truth is simulated.
 """
 
 import argparse
@@ -23,7 +25,13 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from _report import commit, hardware, write  # noqa: E402
 
-from stages.data.statistics import mcnemar, score_p_value, studentized_sets  # noqa: E402
+from stages.data.statistics import (  # noqa: E402
+    intervals,
+    mcnemar,
+    score_p_value,
+    share_bound,
+    studentized_sets,
+)
 
 ALPHA = 0.05
 EXAMPLES = (100, 250, 500, 1000)
@@ -40,6 +48,8 @@ EFFECTS = (0.0, 0.1, 0.2, 0.3)
 """True gains of means, in standard deviations of an example's difference."""
 ITERATIONS = 10
 RUNS = 2_000
+SIZES = (4, 8, 12, 20, 30, 50, 80, 100, 150, 200, 250, 500)
+COVERED = 2_000
 
 Floats = NDArray[np.float64]
 Drawn = Callable[[np.random.Generator, tuple[int, int]], Floats]
@@ -53,8 +63,12 @@ def main() -> None:
     answers = list(right_or_wrong(PLAYERS))
     numbers = list(means(SETS))
     looks = [repeated(RUNS, gate, step) for gate, step in GATES]
+    looks.append(repeated(RUNS, "better", 0.0, alpha=0.005))
+    exact = [summed(examples) for examples in SIZES]
+    truths = list(coverage(COVERED))
     worst = [max_error(answers, PLAYERS), max_error(numbers, SETS)]
     tell(answers, numbers, looks, worst)
+    tell_exact(exact, truths)
     report = {
         "hardware": hardware(),
         "commit": commit(),
@@ -64,6 +78,8 @@ def main() -> None:
         "means": numbers,
         "repeated": looks,
         "worst": worst,
+        "summed": exact,
+        "coverage": truths,
     }
     write(report, arguments.json)
 
@@ -91,19 +107,23 @@ def right_or_wrong(players: int) -> Iterator[dict[str, Any]]:
 
 
 def passes(
-    wins: NDArray[np.int64], losses: NDArray[np.int64], examples: int, above: float
+    wins: NDArray[np.int64],
+    losses: NDArray[np.int64],
+    examples: int,
+    above: float,
+    alpha: float = ALPHA,
 ) -> NDArray[np.bool_]:
     """Return which simulated players pass; each outcome is tested once."""
     pairs, which = np.unique(np.stack([wins, losses], 1), axis=0, return_inverse=True)
-    answers = [_passes(int(won), int(lost), examples, above) for won, lost in pairs]
+    answers = [_p_value(int(won), int(lost), examples, above) <= alpha for won, lost in pairs]
     return np.array(answers)[which.ravel()]
 
 
 @cache
-def _passes(wins: int, losses: int, examples: int, above: float) -> bool:
+def _p_value(wins: int, losses: int, examples: int, above: float) -> float:
     if above:
-        return score_p_value(wins, losses, examples, above) <= ALPHA
-    return mcnemar(wins, losses) <= ALPHA
+        return score_p_value(wins, losses, examples, above)
+    return mcnemar(wins, losses, examples)
 
 
 def _ties(rng: np.random.Generator, size: tuple[int, int]) -> Floats:
@@ -163,7 +183,9 @@ GATES: tuple[tuple[str, float], ...] = (
 """Gate, and how much worse than its champion each player truly is."""
 
 
-def repeated(runs: int, gate: str, step: float, examples: int = 1000) -> dict[str, Any]:
+def repeated(
+    runs: int, gate: str, step: float, examples: int = 1000, alpha: float = ALPHA
+) -> dict[str, Any]:
     """Return what ten gates in a row let through, each player being the champion's equal, or worse.
 
     One prompt in five is answered right with a chance of one half, so that a tenth of answers
@@ -182,12 +204,13 @@ def repeated(runs: int, gate: str, step: float, examples: int = 1000) -> dict[st
         if gate == "min_gain":
             passed = wins >= losses
         else:
-            passed = passes(wins, losses, examples, 0.0 if gate == "better" else -MARGIN)
+            passed = passes(wins, losses, examples, 0.0 if gate == "better" else -MARGIN, alpha)
         champion[passed] = player[passed]
         fall[passed] += step
         promoted += passed
     return {
         "gate": gate,
+        "confidence": 1 - alpha,
         "examples": examples,
         "step": step,
         "any_passed": float((promoted > 0).mean()),
@@ -195,6 +218,47 @@ def repeated(runs: int, gate: str, step: float, examples: int = 1000) -> dict[st
         "mean_fall": float(fall.mean()),
         "runs_fallen_by_margin": float((fall <= -MARGIN + 1e-9).mean()),
     }
+
+
+def summed(examples: int) -> dict[str, Any]:
+    """Return the most that tests of right and wrong err at one size, over all shares.
+
+    Summed over all outcomes: `better` of equals, by the share that differs in steps of half a
+    point, and the lower bound of `at_least`, by the true share in the same steps.
+    """
+    shares = np.arange(0.005, 1, 0.005)
+    errs = [
+        sum(chance for won, chance in enumerate(_binomial(differing, 0.5))
+            if mcnemar(won, differing - won, examples) <= ALPHA)
+        for differing in range(examples + 1)
+    ]  # fmt: skip
+    better = [float(_binomial(examples, share) @ errs) for share in shares]
+    bounds = np.array([share_bound(count, examples, 1 - ALPHA) for count in range(examples + 1)])
+    at_least = [float(_binomial(examples, share)[bounds > share].sum()) for share in shares]
+    return {"examples": examples, "better": max(better), "at_least": max(at_least)}
+
+
+def _binomial(trials: int, share: float) -> Floats:
+    """Return the chance of every count, shape (trials + 1,)."""
+    count = np.arange(trials + 1)
+    logs = np.cumsum(np.log(np.maximum(1, count)))
+    ways = logs[-1] - logs[count] - logs[trials - count]
+    chances: Floats = np.exp(ways + count * np.log(share) + (trials - count) * np.log1p(-share))
+    return chances
+
+
+def coverage(evaluations: int) -> Iterator[dict[str, Any]]:
+    """Yield how often the interval of a metric, at 95%, holds its true value."""
+    shapes: dict[str, Drawn] = {
+        "normal": lambda rng, size: rng.normal(size=size),
+        "exponential": lambda rng, size: rng.exponential(size=size) - 1,
+    }
+    for name, drawn in shapes.items():
+        for examples in (3, 5, 10, 30):
+            sets = drawn(np.random.default_rng(examples), (evaluations, examples))
+            found = intervals([(values, np.ones(examples)) for values in sets])
+            held = np.mean([ends is not None and ends[0] <= 0 <= ends[1] for ends in found])
+            yield {"values": name, "examples": examples, "held": float(held)}
 
 
 def max_error(rows: list[dict[str, Any]], trials: int) -> dict[str, Any]:
@@ -237,10 +301,23 @@ def tell(
         truth = f"{-100 * row['step']:g} point worse" if row["step"] else "no better"
         fall = f"{abs(100 * row['mean_fall']):.1f} points"
         told = f"{share(row['any_passed'])} | {row['mean_passed']:.2f} | {fall}"
-        lines(f"| {row['gate']} | {truth} | {told} |")
+        sure = "" if row["confidence"] == 1 - ALPHA else f" at {100 * row['confidence']:g}%"
+        lines(f"| {row['gate']}{sure} | {truth} | {told} |")
     for row in worst:
         where = f"{row['examples']} examples, {row.get('shape') or row['differing']}"
         lines(f"\nmost false promotions: {share(row['passed'])} ± {share(row['stderr'])} ({where})")
+
+
+def tell_exact(exact: list[dict[str, Any]], truths: list[dict[str, Any]]) -> None:
+    """Print the tables that are not of simulated players."""
+    lines("\nright or wrong, summed over all outcomes: the most errors at any share")
+    lines("| examples | " + " | ".join(str(row["examples"]) for row in exact) + " |")
+    for name in ("better", "at_least"):
+        lines(f"| {name} | " + " | ".join(f"{100 * row[name]:.2f}%" for row in exact) + " |")
+    lines("\nintervals of metrics that hold the truth, at 95%")
+    for name in dict.fromkeys(row["values"] for row in truths):
+        held = [f"{share(r['held'])} ({r['examples']})" for r in truths if r["values"] == name]
+        lines(f"| {name} | " + " | ".join(held) + " |")
 
 
 def share(value: float | None) -> str:

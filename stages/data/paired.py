@@ -60,9 +60,9 @@ def compare(
 ) -> Paired | None:
     """Compare two columns of one metric, example by example; None where no example is in both.
 
-    Zeros and ones, equally weighted, are compared by wins and losses: with `above` = 0 McNemar's
-    mid-p test, otherwise a score test summed over all outcomes; the interval is Tango's. Other
-    values are compared by the studentized bootstrap over examples, of a weighted mean its
+    Zeros and ones, equally weighted, are compared by wins and losses: with `above` = 0 by
+    McNemar's test, otherwise by a score test summed over all outcomes; the interval is Tango's.
+    Other values are compared by the studentized bootstrap over examples, of a weighted mean its
     linearization.
 
     Args:
@@ -98,7 +98,7 @@ def compare(
 
 
 def lower_bound(column: Column, confidence: float = 0.95) -> float | None:
-    """Return the one-sided lower bound of a column's mean: mid-p binomial, or the bootstrap's.
+    """Return the one-sided lower bound of a column's mean: exact binomial, or the bootstrap's.
 
     Values that all agree are their own bound from so many examples on that a sign test would rule
     out less (five at 95%); None with fewer.
@@ -145,7 +145,7 @@ def _test(
         count = len(player.values)
         low, high = score_interval(wins, losses, count, confidence)
         if not above:
-            return "mcnemar", mcnemar(wins, losses), low, high
+            return "mcnemar", mcnemar(wins, losses, count), low, high
         if abs(above) >= 1:  # no difference of shares is larger
             return "mcnemar", 1.0 if above > 0 else 0.0, low, high
         return "mcnemar", score_p_value(wins, losses, count, above), low, high

@@ -89,7 +89,7 @@ class TestBetter:
             "accuracy is better than the champion's: +2.4 points (95% lower bound +0.8), McNemar p "
             "0.0077, 61 won, 37 lost of 1,000"
         )
-        assert verdict.figures["p_value"] == mcnemar(61, 37)
+        assert verdict.figures["p_value"] == mcnemar(61, 37, 1000)
         assert verdict.figures["rival"] == "000/evaluate"
         wanted = {
             "metric", "value", "rival_value", "rival", "gain", "low", "high", "confidence",
@@ -112,7 +112,7 @@ class TestBetter:
         assert not judge(better(by=0.08), evidence(120, 37)).passed
 
     def test_confidence_decides(self) -> None:
-        assert mcnemar(50, 35) < 0.06
+        assert mcnemar(50, 35, 1000) < 0.06
         assert judge(better(confidence=0.9), evidence(50, 35)).passed
         assert not judge(better(confidence=0.99), evidence(50, 35)).passed
 

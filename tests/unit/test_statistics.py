@@ -16,6 +16,7 @@ from stages.data.statistics import (
     mcnemar,
     score_interval,
     score_p_value,
+    share_bound,
     studentized,
     studentized_sets,
 )
@@ -48,14 +49,21 @@ class TestRightOrWrong:
     def test_mid_p_is_that_of_the_literature(
         self, wins: int, losses: int, two_sided: float
     ) -> None:
-        assert 2 * mcnemar(wins, losses) == pytest.approx(two_sided, abs=5e-5)
-        assert mcnemar(wins, losses) + mcnemar(losses, wins) == pytest.approx(1.0)
+        assert 2 * mcnemar(wins, losses, 100) == pytest.approx(two_sided, abs=5e-5)
+        assert mcnemar(wins, losses, 100) + mcnemar(losses, wins, 100) == pytest.approx(1.0)
 
     def test_mid_p_is_the_binomial_tail_less_half_of_its_first_term(self) -> None:
         # scipy 1.17: binomtest(61, 98, alternative="greater").pvalue - binom.pmf(61, 98, 0.5) / 2
-        assert mcnemar(61, 37) == pytest.approx(0.007716182253654, abs=1e-12)
-        assert mcnemar(0, 0) == 0.5
-        assert mcnemar(100_000, 100_000) == pytest.approx(0.5)
+        assert mcnemar(61, 37, 196) == pytest.approx(0.007716182253654, abs=1e-12)
+        assert mcnemar(0, 0, 10) == 0.5
+        assert mcnemar(100_000, 100_000, 1_000_000) == pytest.approx(0.5)
+
+    def test_where_most_examples_differ_it_is_the_whole_tail(self) -> None:
+        # scipy 1.17: binomtest(61, 98, alternative="greater").pvalue
+        assert mcnemar(61, 37, 195) == pytest.approx(0.009845092399923, abs=1e-12)
+        for wins, losses, examples in ((3, 0, 6), (6, 4, 20), (61, 37, 196)):
+            # one more win that was a tie: the value changes its kind, and still does not rise
+            assert mcnemar(wins + 1, losses, examples) <= mcnemar(wins, losses, examples) + 1e-12
 
     def test_the_score_interval_is_tangos(self) -> None:
         # Tango 1998: contact lenses, 44 pairs of which one was lost; z 1.709 at a margin of 0.1
@@ -92,17 +100,29 @@ class TestRightOrWrong:
         assert score_p_value(1_000, 1_020, 19_000, -0.005) == pytest.approx(summed, rel=0.02)
         assert 0.01 < summed < 0.1
 
-    @pytest.mark.parametrize("examples", [20, 100, 250])
-    def test_mid_p_errs_in_no_more_than_its_share(self, examples: int) -> None:
+    @pytest.mark.parametrize("examples", [4, 12, 20, 50, 100])
+    def test_it_errs_in_no_more_than_its_share(self, examples: int) -> None:
         counts = range(examples + 1)
-        p_values = {(w, m - w): mcnemar(w, m - w) for m in counts for w in range(m + 1)}
-        for differing in (0.02, 0.05, 0.1, 0.3, 0.8):
+        p_values = {(w, m - w): mcnemar(w, m - w, examples) for m in counts for w in range(m + 1)}
+        for differing in (0.02, 0.05, 0.1, 0.3, 0.335, 0.5, 0.8, 1 - 1e-9):
             wrong = sum(
                 chance(won, lost, examples, differing / 2, differing / 2)
                 for (won, lost), p in p_values.items()
                 if p <= 0.05
             )
-            assert wrong <= 0.0503
+            assert wrong <= 0.0501
+
+    @pytest.mark.parametrize("examples", [5, 20, 100])
+    def test_the_bound_of_a_share_errs_in_no_more_than_its_share(self, examples: int) -> None:
+        bounds = [share_bound(count, examples) for count in range(examples + 1)]
+        assert bounds == sorted(bounds)
+        for share in np.linspace(0.02, 0.98, 49):
+            wrong = sum(
+                math.comb(examples, count) * share**count * (1 - share) ** (examples - count)
+                for count, bound in enumerate(bounds)
+                if bound > share
+            )
+            assert wrong <= 0.05
 
     @pytest.mark.parametrize("gain", [-0.02, -0.05, 0.02])
     def test_the_score_test_errs_in_no_more_than_its_share(self, gain: float) -> None:
@@ -236,7 +256,7 @@ class TestComparing:
         rival = column([0.0] * 61 + [1.0] * 37 + [1.0] * 902)
         seen = found(compare(player, rival, confidence=0.9))
         assert (seen.wins, seen.losses, seen.ties, seen.examples) == (61, 37, 902, 1000)
-        assert (seen.method, seen.p_value) == ("mcnemar", mcnemar(61, 37))
+        assert (seen.method, seen.p_value) == ("mcnemar", mcnemar(61, 37, 1000))
         assert seen.gain == pytest.approx(0.024)
         assert seen.value - seen.rival_value == pytest.approx(seen.gain)
         assert (seen.low, seen.high) == score_interval(61, 37, 1000, 0.9)
