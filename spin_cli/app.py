@@ -585,6 +585,7 @@ def run_(
     from spin_cli.views import put_iterations
     from stages.artifacts.locks import hold
     from stages.convergence import distance
+    from stages.ending import ending_noted
     from stages.errors import GateRefusedError
     from stages.layout import RunLayout
     from stages.run_record import start_or_resume
@@ -616,7 +617,7 @@ def run_(
     with hold(layout.lock, f"run {layout.root}"):
         before = start_or_resume(layout, chosen, amend=amend)
         try:
-            with kept(layout, before if amend else None):
+            with ending_noted(layout), kept(layout, before if amend else None):
                 reason = carry_on(
                     layout,
                     chosen,

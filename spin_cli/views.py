@@ -47,6 +47,9 @@ def put_status(run: Path) -> None:
             put(f"  alarm ({alarm['action']}): {alarm['text']}")
         if row["converged"]:
             put(f"  converged: {row['converged']}")
+    if found["ended"]:
+        ended = "the last run ended at {at} with exit code {exit_code}: {message}"
+        put(ended.format(**found["ended"]))
     put("")
     _put_iterations(found, _units(run))
     _put_suites(found)

@@ -28,6 +28,11 @@ class RunLayout:
         return self.root / ".lock"
 
     @property
+    def ending(self) -> Path:
+        """How the last `spin run` ended before its time; no artifact."""
+        return self.root / ".ended.json"
+
+    @property
     def data(self) -> Path:
         """The output of prepare."""
         return self.root / "data"

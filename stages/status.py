@@ -6,6 +6,7 @@ It works while the run goes on, and never makes a stage wait.
 import fcntl
 import glob
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stages.config import RunConfig
 from stages.convergence import converged
 from stages.data.measures import INTERVALS_FILE
 from stages.decisions import DECISION, METRICS, is_rolled_back
+from stages.ending import read_ending
 from stages.errors import SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import Recipe
@@ -27,7 +29,8 @@ from stages.run_record import read_recipe
 def status(run: Path) -> dict[str, Any]:
     """Return the state of a run as plain JSON values.
 
-    `run` is the path as given; `champion` the champion's path relative to it, or None; `start` what
+    `run` is the path as given; `champion` the champion's path relative to it, or None; `ended` how
+    the last `spin run` ended before its time, as {at, exit_code, message}, or None; `start` what
     was found for the first opponent, as {metrics, intervals, suites}; `iterations` a list of
     {index, stages, metrics, intervals, suites, decision, rolled_back, reference, optimizer,
     training, converged}. `stages` maps a name to {state, key, seconds}, state being done, running,
@@ -44,10 +47,11 @@ def status(run: Path) -> dict[str, Any]:
     """
     layout = RunLayout(run)
     recipe = read_recipe(layout)
-    pointer = read_pointer(layout.champion)
+    pointer, ending = read_pointer(layout.champion), read_ending(layout)
     return {
         "run": str(run),
         "champion": pointer.path if pointer else None,
+        "ended": asdict(ending) if ending else None,
         "start": {
             **_evaluation(layout.start_evaluation),
             "suites": _suites(layout, recipe.for_iteration(), None),

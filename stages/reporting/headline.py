@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from stages.data.paired import Paired, compare
 from stages.decisions import refusals_before
+from stages.ending import read_ending
 from stages.errors import SpinError
 from stages.reporting.collect import IterationView, RunView, measured_on_examples
 
@@ -144,6 +145,9 @@ def _following(view: RunView) -> Iterator[str]:
         found = [piece.path for piece in view.pieces() if piece.state == state]
         if found:
             yield say(found)
+    ended = read_ending(view.layout)
+    if ended:
+        yield f"The last run ended at {ended.at} with exit code {ended.exit_code}: {ended.message}"
     again = "run the same command again to go on"
     if not view.iterations:
         yield f"No iteration was begun: {again}."

@@ -46,14 +46,15 @@ ALLOWED = {
     # A run as a whole.
     "reporting": BASE
     | OF_A_RUN
-    | {"alarms", "convergence", "data", "headlines", "lineage", "status"},
+    | {"alarms", "convergence", "data", "ending", "headlines", "lineage", "status"},
     "run_record": BASE | {"layout", "recipe"},
+    "ending": BASE | {"layout"},
     "decisions": BASE | {"layout", "recipe", "run_record"},
     "gates": BASE | {"alarms", "data"},
     "evidence": BASE | {"alarms", "data", "decisions", "gates", "layout"},
     "adaptation": BASE | {"decisions", "layout", "recipe"},
     "convergence": BASE | {"decisions", "layout", "recipe"},
-    "status": BASE | OF_A_RUN | {"convergence", "data"},
+    "status": BASE | OF_A_RUN | {"convergence", "data", "ending"},
     "verify": BASE | OF_A_RUN,
     "show": BASE | {"data", "layout", "subjects"},
     "subjects": BASE | {"layout"},
@@ -75,6 +76,7 @@ ALLOWED = {
         "compare",
         "convergence",
         "difference",
+        "ending",
         "engines",
         "evidence",
         "export",

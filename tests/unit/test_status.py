@@ -1,5 +1,6 @@
 """status: what a run holds, read while it goes on and however it was left."""
 
+import errno
 import fcntl
 import json
 import shutil
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from spin_cli.app import app
 from spin_cli.loop import carry_on
 from stages.artifacts import locks, read_manifest
-from stages.errors import BusyError, CorruptError, InputError
+from stages.errors import BusyError, CorruptError, DivergedError, InputError
 from stages.layout import RunLayout
 from stages.promote import rollback
 from stages.recipe import Recipe, load_recipe
@@ -70,7 +71,8 @@ def test_suites_and_their_intervals_are_told(tmp_path: Path) -> None:
 def test_a_finished_run(tmp_path: Path) -> None:
     layout, _ = a_run(tmp_path, 2)
     found = status(layout.root)
-    assert list(found) == ["run", "champion", "start", "iterations"]
+    assert list(found) == ["run", "champion", "ended", "start", "iterations"]
+    assert found["ended"] is None
     assert found["run"] == str(layout.root)
     assert found["champion"] == "iterations/001/train"
     metrics = {"sampled_accuracy": 0.6, "greedy_accuracy": 1.0}
@@ -119,8 +121,8 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     layout = RunLayout(tmp_path / "run")
     start_or_resume(layout, load_recipe(None))
     start: dict[str, Any] = {"metrics": {}, "intervals": {}, "suites": {}}
-    empty = {"run": str(layout.root), "champion": None, "start": start, "iterations": []}
-    assert status(layout.root) == empty
+    empty = {"champion": None, "ended": None, "start": start, "iterations": []}
+    assert status(layout.root) == {"run": str(layout.root), **empty}
 
 
 def test_iterations_are_sorted_as_numbers(tmp_path: Path) -> None:
@@ -264,3 +266,43 @@ def test_a_damaged_run_record_is_told(tmp_path: Path) -> None:
     layout.record.write_text(layout.record.read_text().replace("sigmoid", "hinge") + " ")
     with pytest.raises(CorruptError, match=r"run\.json is damaged"):
         status(layout.root)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (DivergedError("train: step 5: loss is NaN; lower it"), 5, "train: step 5: loss is NaN"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 7, "{place}: no room to write"),
+        (ZeroDivisionError("by nought"), 1, "ZeroDivisionError: by nought"),
+    ],
+)
+def test_how_the_last_run_ended_before_its_time_is_told_until_the_next(
+    tmp_path: Path, error: BaseException, code: int, words: str
+) -> None:
+    run = tmp_path / "run"
+    words = words.format(place=RunLayout(run).stage(0, "train"))
+    command = ["run", "demo", "--run", str(run), "sft.init=random", "promote.gate=null"]
+
+    def stop(stage: str, out: Path) -> None:
+        if stage == "train":
+            raise error
+
+    fake_stages.before_fill.append(stop)
+    assert CliRunner().invoke(app, command).exit_code == code
+    ended = status(run)["ended"]
+    assert (ended["exit_code"], ended["message"].startswith(words)) == (code, True)
+    lines = CliRunner().invoke(app, ["status", str(run)]).stdout.splitlines()
+    [told] = [line for line in lines if line.startswith("the last run ended at 2")]
+    assert f"with exit code {code}: {words}" in told
+    fake_stages.before_fill.clear()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert status(run)["ended"] is None
+    assert "the last run" not in CliRunner().invoke(app, ["status", str(run)]).stdout
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"at": "x"}'])
+def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+    layout, _ = a_run(tmp_path)
+    layout.ending.write_text(text)
+    assert status(layout.root)["ended"] is None
