@@ -285,8 +285,12 @@ def _notes(row: Mapping[str, Any], name: str) -> str:
 
 def _listed(values: Mapping[str, Any]) -> str:
     known = {n: v for n, v in values.items() if v is not None}
-    named = ((_FIGURES.get(name, name), _number(value)) for name, value in known.items())
-    return ", ".join(f"{name} {value}" for name, value in named)
+    return ", ".join(f"{_FIGURES.get(name, name)} {_figure(name, v)}" for name, v in known.items())
+
+
+def _figure(name: str, value: Any) -> str:
+    """Return a figure of a gate; a p value may be as small as it likes."""
+    return f"{value:.2g}" if name == "p_value" else _number(value)
 
 
 def _number(value: Any) -> str:

@@ -267,7 +267,7 @@ class TestArtifacts:
             "kind": "all", "passed": False, "text": "1 of 2", "figures": {},
             "children": [
                 {"kind": "better", "passed": True, "text": "it is better", "children": [],
-                 "figures": {"gain": 0.125, "p_value": 0.25, "low": None}},
+                 "figures": {"gain": 0.125, "p_value": 3.57e-50, "low": None}},
                 {"kind": "length_within", "passed": False, "text": "too long", "children": []},
             ],
         }  # fmt: skip
@@ -277,7 +277,7 @@ class TestArtifacts:
         assert "decision  refused\n" in lines
         assert "verdict   failed  all: 1 of 2\n" in lines
         assert "              passed  better: it is better\n" in lines
-        assert "gain 0.125, one-sided p 0.25\n" in lines
+        assert "gain 0.125, one-sided p 3.6e-50\n" in lines
         assert "              failed  length_within: too long\n" in lines
 
     def test_conditions_keep_their_indentation_and_tell_the_gain_first(
