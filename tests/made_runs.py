@@ -2,12 +2,23 @@
 
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import Outcome, Plan, TableWriter, Workspace, open_artifact, produce
+import pyarrow as pa
+
+from stages.artifacts import (
+    Outcome,
+    Plan,
+    TableWriter,
+    Workspace,
+    open_artifact,
+    produce,
+    read_manifest,
+)
 from stages.artifacts.json_file import write_object
-from stages.artifacts.manifest import InputRef
+from stages.artifacts.manifest import MANIFEST_NAME, InputRef
 from stages.artifacts.pointer import PointerEntry, move_pointer, read_pointer
 from stages.data.rows import TRAIN_METRICS
 from stages.decisions import DECISION
@@ -71,7 +82,8 @@ def write_iteration(
     make(
         layout, iteration, "train", opponent | inputs(layout, iteration, pairs="score"),
         counts={"pairs": PAIRS, "steps": STEPS}, config=config, tokens=1000,
-        info={"processes": 2, "gpus": 2, "peak_gpu_memory_bytes": 3_000_000_000}, with_steps=True,
+        info={"processes": 2, "gpus": 2, "peak_gpu_memory_bytes": 3_000_000_000},
+        tables={"metrics.parquet": (TRAIN_METRICS, steps(iteration))},
     )  # fmt: skip
     evaluated = layout.stage(iteration, "evaluate")
     write_evaluation(evaluated, samples(12 + 2 * iteration), layout.data)
@@ -125,15 +137,16 @@ def make(
     info: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     tokens: int = 0,
-    with_steps: bool = False,
+    tables: Mapping[str, tuple[pa.Schema, Sequence[Mapping[str, Any]]]] | None = None,
 ) -> None:
     """Make one artifact of an iteration; `pool-N` is what a member of the pool answers."""
 
     def fill(space: Workspace) -> Outcome:
         for name, value in (files or {"config.json": {}}).items():
             write_object(space.file(name), value)
-        if with_steps:
-            write_steps(space.file("metrics.parquet"), iteration)
+        for name, (schema, rows) in (tables or {}).items():
+            with TableWriter(space.file(name), schema) as table:
+                table.extend(rows)
         return Outcome(
             counts=counts or {}, info=info or {}, metrics=metrics or {}, tokens=tokens,
             peak_memory_bytes=1_000_000,
@@ -145,12 +158,22 @@ def make(
     produce(out, Plan(made_by, 1, config or {"seed": 0}, refs, {}), fill)
 
 
-def write_steps(path: Path, iteration: int) -> None:
-    with TableWriter(path, TRAIN_METRICS) as table:
-        for step in range(STEPS):
-            row = dict.fromkeys(TRAIN_METRICS.names, step / 10 + iteration)
-            table.append(row | {"step": step, "loss": math.log(2) - step / 10, "pairs": 4,
-                                "tokens": 100})  # fmt: skip
+def steps(iteration: int) -> list[dict[str, Any]]:
+    """Rows of TRAIN_METRICS; no two figures of any column, step and iteration are the same."""
+    places = {name: place for place, name in enumerate(TRAIN_METRICS.names)}
+    return [
+        {name: (place + iteration / 10 + step / 100) / 20 for name, place in places.items()}
+        | {"step": step, "loss": math.log(2) - step / 10 - iteration / 100, "pairs": 4,
+           "tokens": 100}
+        for step in range(STEPS)
+    ]  # fmt: skip
+
+
+def charge(artifact: Path, **cost: float) -> None:
+    """Say in an artifact's manifest that making it took this."""
+    manifest = read_manifest(artifact)
+    charged = {"cost": manifest.cost.model_copy(update=cost)}
+    (artifact / MANIFEST_NAME).write_text(manifest.model_copy(update=charged).to_text())
 
 
 def pair_report() -> dict[str, Any]:

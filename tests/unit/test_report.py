@@ -10,20 +10,23 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from spin_cli.app import app
 from stages.alarms import RULES
-from stages.artifacts import read_manifest
+from stages.artifacts import read_manifest, read_rows
+from stages.data.rows import EXAMPLES, TRAIN_METRICS
 from stages.decisions import opponent_of
 from stages.errors import ConfigError, GateRefusedError, InputError
 from stages.layout import RunLayout
@@ -32,9 +35,10 @@ from stages.recipe import load_recipe
 from stages.report import write_report
 from stages.reporting import numbers
 from stages.reporting.ancestry import ancestry
-from stages.reporting.charts import ROLES, Bars, Drawer, Line, Lines, draw
-from stages.reporting.collect import collect
-from stages.reporting.costs import costs
+from stages.reporting.charts import ROLES, Bars, Drawer, Histograms, Line, Lines, draw
+from stages.reporting.collect import SIDES, collect
+from stages.reporting.costs import Cost, costs
+from stages.reporting.figures import LEVELS, MOST_BINS, lengths, margins
 from stages.reporting.flow import Flow, flow
 from stages.reporting.headline import headline
 from stages.reporting.page import TEMPLATES, printable_page, render
@@ -58,6 +62,14 @@ ATTACKS = (
     "' onmouseover='alert(1)", '" style="color:red', "$x_1$ \\alpha", "</script><b>",
     "\x00\x1b[31m", "\ud800", "&lt;b&gt;",
 )  # fmt: skip
+
+
+TRAINED = {
+    "loss": "loss", "accuracy": "accuracy", "margin": "margin",
+    "chosen log-ratio": "chosen_logratio", "rejected log-ratio": "rejected_logratio",
+    "gradient norm": "grad_norm",
+}  # fmt: skip
+"""From a chart's title to train's column."""
 
 
 class Page(HTMLParser):
@@ -113,6 +125,50 @@ def run(made: RunLayout, tmp_path: Path) -> RunLayout:
 
 def report(layout: RunLayout) -> Page:
     return Page(render(collect(layout.root), drawer=DRAWER))
+
+
+def part(page: Page, section: str) -> str:
+    start = page.html.index(f'<section id="{section}"')
+    return page.html[start : page.html.index("</section>", start)]
+
+
+def charts_of(page: Page, section: str) -> list[tuple[str, str]]:
+    """Each panel's title and drawing."""
+    pattern = r"<figcaption><strong>(.*?)</strong>.*?(<svg.*?</svg>)"
+    return re.findall(pattern, part(page, section), re.DOTALL)
+
+
+def tables_of(page: Page, section: str) -> list[list[list[str]]]:
+    """Cells of each table, its head first."""
+    tables = re.findall(r"<table.*?</table>", part(page, section), re.DOTALL)
+    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL) for table in tables]
+    cells = r"<t[hd][^>]*>(.*?)</t[hd]>"
+    return [[[unescape(c) for c in re.findall(cells, row)] for row in table] for table in rows]
+
+
+def told(chart: str) -> str:
+    """What a drawing tells those who cannot see it."""
+    [label] = re.findall(r'aria-label="(.*?)"', chart)
+    return unescape(label)
+
+
+def plain(cell: str) -> float:
+    return float(cell.replace(numbers.MINUS, "-").replace(",", ""))
+
+
+def heights(chart: str, role: str) -> list[list[float]]:
+    """The lines of one colour, read off at the numbers beside the grid, as one who sees would."""
+    ys = re.findall(r'<path d="M \S+ (\S+) L [^"]*"[^>]* class="s-line"', chart)
+    names = re.findall(r'text-anchor="end" class="f-muted">([^<]*)<', chart)
+    shown = [plain(name.rstrip("%")) / (100 if "%" in name else 1) for name in names]
+    slope, zero = np.polyfit([float(y) for y in ys], shown, 1)
+    lines = re.findall(rf'<path d="([^"]*)"[^>]* class="s-{role}"', chart)
+    return [[zero + slope * float(y) for y in line.split()[2::3]] for line in lines]
+
+
+def seen(values: Iterable[float], *, within: float = 1e-3) -> Any:
+    """What is read off a drawing whose coordinates have two decimals."""
+    return pytest.approx(list(values), rel=within, abs=within)
 
 
 # -- What the page tells --------------------------------------------------------------------------
@@ -198,15 +254,148 @@ def test_figures_stand_in_the_page_as_the_stages_wrote_them(made: RunLayout, pag
     assert cells.count("1,000") == 3, "train's tokens, by iteration"
 
 
+def test_the_course_tells_every_interval_that_was_measured(made: RunLayout, page: Page) -> None:
+    places = {"start": made.start_evaluation}
+    places |= {str(t): made.stage(t, "evaluate") for t in range(3)}
+    [[head, *rows]] = tables_of(page, "course")
+    charts = charts_of(page, "course")
+    assert head == ["iteration", *(name for name, _ in charts)]
+    assert [row[0] for row in rows] == list(places)
+    bounded = set()
+    for column, (name, chart) in enumerate(charts, 1):
+        values, bounds = [], []
+        for row, (where, place) in zip(rows, places.items(), strict=True):
+            value = json.loads((place / "metrics.json").read_bytes())[name]
+            low, high = json.loads((place / "intervals.json").read_bytes())[name]
+            cell, low_text, high_text = (
+                numbers.Units().metric(name, v) for v in (value, low, high)
+            )
+            if low is not None:
+                bounds.append([low, high])
+                cell += f" ({low_text} to {high_text})"
+            values.append(value)
+            assert row[column] == cell, (name, where)
+            assert re.search(rf"[.;] {where}: {re.escape(cell)}[.;]", told(chart)), (name, where)
+        bounded |= {name} if bounds else set()
+        drawn = heights(chart, "player")
+        assert drawn == [seen(line) for line in [*bounds, values]], name
+    assert bounded == {"sampled_accuracy", "heldout_reward_accuracy", "sampled_mean_tokens"}
+
+
 def test_a_training_curve_has_one_line_an_iteration(page: Page) -> None:
-    html = page.html
-    training = html[html.index('<section id="training"') : html.index('<section id="shapes"')]
+    training = part(page, "training")
     charts = re.findall(r"<svg.*?</svg>", training, re.DOTALL)
     assert len(charts) == 6
     for chart in charts:
         assert [len(re.findall(f's-ramp-{i}"', chart)) for i in (0, 2, 5)] == [1, 1, 1]
     for i, name in ((0, "iteration 0"), (2, "iteration 1"), (5, "iteration 2")):
         assert f'b-ramp-{i}"></span>{name}' in training
+
+
+def test_each_training_chart_shows_its_own_column(made: RunLayout, page: Page) -> None:
+    tables = [made.stage(t, "train") / "metrics.parquet" for t in range(3)]
+    trained = [list(read_rows([table], TRAIN_METRICS)) for table in tables]
+    figures = [row[name] for rows in trained for row in rows for name in TRAINED.values()]
+    assert len(set(figures)) == len(figures), "one could stand in the place of another"
+    charts = charts_of(page, "training")
+    [[head, *cells]] = tables_of(page, "training")
+    assert head == ["iteration", "steps", *TRAINED]
+    assert [title for title, _ in charts] == list(TRAINED)
+    for place, (title, chart) in enumerate(charts):
+        assert told(chart).startswith(f"{title} by training step. ")
+        for t, rows in enumerate(trained):
+            values = [row[TRAINED[title]] for row in rows]
+            assert heights(chart, f"ramp-{(0, 2, 5)[t]}") == [seen(values)], (title, t)
+            first, last = numbers.number(values[0]), numbers.number(values[-1])
+            assert re.search(rf" iteration {t} from {first} to {last}[.;]", told(chart)), (title, t)
+            assert cells[t][2 + place] == f"{first} → {last}"
+
+
+@pytest.fixture
+def spread(run: RunLayout) -> dict[str, dict[int, dict[str, list[float]]]]:
+    """Lengths and margins, drawn at random, that the evaluations of a run are made to hold."""
+    random = np.random.default_rng(0)
+    found: dict[str, dict[int, dict[str, list[float]]]] = {"Lengths": {}, "Margins": {}}
+    columns = {
+        "Lengths": {"human": "human_token_ids", "opponent": "opponent_sample_token_ids",
+                    "player": "sampled_token_ids"},
+        "Margins": {"human": "human_margin", "opponent": "opponent_margin"},
+    }  # fmt: skip
+    for t in range(3):
+        place = run.stage(t, "evaluate")
+        rows = list(read_rows([place / "examples.parquet"], EXAMPLES))
+        for row in rows:
+            for i, side in enumerate(SIDES):
+                tokens = int(random.lognormal(2 + i / 2 + t / 3))
+                row[columns["Lengths"][side]] = list(range(tokens))
+            row |= {"human_margin": random.normal(1 + t), "opponent_margin": random.normal(-1, 2)}
+        inputs, tables = read_manifest(place).inputs, {"examples.parquet": (EXAMPLES, rows)}
+        shutil.rmtree(place)
+        made_runs.make(run, t, "evaluate", inputs, tables=tables)
+        for name, sides in columns.items():
+            found[name][t] = {
+                side: [float(len(v) if isinstance(v, list) else v) for v in (r[c] for r in rows)]
+                for side, c in sides.items()
+            }
+    return found
+
+
+@pytest.mark.parametrize("name", ["Lengths", "Margins"])
+def test_lengths_and_margins_are_counted_as_they_stand_in_the_examples(
+    run: RunLayout, spread: dict[str, dict[int, dict[str, list[float]]]], name: str
+) -> None:
+    wanted, sides = spread[name], list(spread[name][0])
+    everything = np.concatenate([wanted[t][side] for t in wanted for side in sides])
+    group = (lengths if name == "Lengths" else margins)(collect(run.root))
+    assert group is not None
+    assert group.legend == tuple((side, side) for side in sides)
+    for t, figure in enumerate(group.panels[1:]):
+        panel = figure.panel
+        assert isinstance(panel, Histograms)
+        check_bins(np.array(panel.edges), everything, name == "Lengths")
+        chart = DRAWER.draw(panel)
+        for side, drawn in zip(sides, panel.groups, strict=True):
+            values = np.clip(wanted[t][side], panel.edges[0], panel.edges[-1])
+            counts = np.histogram(values, panel.edges)[0].tolist()
+            assert (drawn.name, drawn.role, list(drawn.counts)) == (side, side, counts), t
+            assert sum(counts) == made_runs.PROMPTS
+            [stairs] = heights(chart, side)
+            assert stairs[1:-1:2] == seen(counts, within=0.02), (t, side)
+
+
+def check_bins(edges: np.ndarray, values: np.ndarray, whole: bool) -> None:
+    """Bins are alike and hold the middle 99%; whole numbers lie in the middle of theirs."""
+    low, high = np.quantile(values, (0.005, 0.995))
+    widths = np.diff(edges)
+    assert widths == pytest.approx(widths[0])
+    assert len(widths) <= MOST_BINS + 1
+    if whole:
+        assert set(edges % 1) == {0.5}
+        assert edges[0] == np.floor(low) - 0.5
+        assert high <= edges[-1] < high + 1 + widths[0]
+    else:
+        assert (edges[0], edges[-1], len(widths)) == (low, high, MOST_BINS)
+
+
+@pytest.mark.parametrize("name", ["Lengths", "Margins"])
+def test_quantiles_of_lengths_and_margins_are_those_of_the_examples(
+    run: RunLayout, spread: dict[str, dict[int, dict[str, list[float]]]], name: str
+) -> None:
+    page = report(run)
+    at = ["Lengths", "Margins"].index(name)
+    rows = tables_of(page, "shapes")[at][1:]
+    whose = {(t, side): values for t, of in spread[name].items() for side, values in of.items()}
+    assert [row[0] for row in rows] == [f"{t}, {side}" for t, side in whose]
+    for row, values in zip(rows, whose.values(), strict=True):
+        wanted = [len(values), np.mean(values), *np.quantile(values, LEVELS)]
+        assert [plain(cell) for cell in row[1:]] == pytest.approx(wanted, rel=1e-3), row
+    chart = [chart for title, chart in charts_of(page, "shapes") if title == "by iteration"][at]
+    for side in spread[name][0]:
+        fives = [np.quantile(spread[name][t][side], LEVELS) for t in range(3)]
+        ends = [[five[0], five[4]] for five in fives] + [[five[1], five[3]] for five in fives]
+        assert heights(chart, side) == [seen(line, within=0.02) for line in ends], side
+        [medians] = re.findall(rf" {side}: ([^;]*)[;.](?: |$)", told(chart))
+        assert [plain(word) for word in medians.split(", ")] == seen(five[2] for five in fives)
 
 
 def test_the_flow_goes_from_prompts_to_pairs_and_loses_no_row(made: RunLayout) -> None:
@@ -294,11 +483,50 @@ def test_the_flow_ends_where_the_run_stands(tmp_path: Path) -> None:
     assert "Iteration 0: 0 answers. Left out: nothing." in report(layout).html
 
 
-def test_gpu_hours_are_told_where_a_stage_says_that_it_had_gpus(page: Page) -> None:
+def test_the_most_memory_that_a_stage_had_is_told(page: Page) -> None:
     text = page.text()
-    assert "GPU hours 0.00" in text
     assert "3 GB" in text
     assert "By stage stage artifacts time tokens tokens/s GPU hours" in text
+
+
+def test_times_tokens_and_gpu_hours_add_up_by_stage_and_iteration(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", 2)
+    base = {"model": made_runs.outside("base")}
+    made_runs.make(layout, 1, "pool-1", base)
+    view = collect(layout.root)
+    pieces = [("start", piece) for piece in view.before]
+    pieces += [(str(t.index), piece) for t in view.iterations for piece in t.pieces]
+    taken: dict[tuple[str, str], list[int]] = {}
+    for i, (where, piece) in enumerate(pieces):  # any two sums of powers of two differ
+        seconds = {"0": 1800, "1": 900}[where] if piece.name == "train" else 2**i
+        made_runs.charge(layout.root / piece.path, wall_s=seconds, tokens=3 * 2**i)
+        stage = "generate" if piece.name == "pool-1" else piece.name
+        for of in (("stage", stage), ("iteration", where), ("stage", "all")):
+            sums = taken.get(of, [0, 0, 0])
+            taken[of] = [a + b for a, b in zip(sums, (1, seconds, 3 * 2**i), strict=True)]
+    gpu_hours = {("stage", "train"): 1.5, ("stage", "all"): 1.5,
+                 ("iteration", "0"): 1.0, ("iteration", "1"): 0.5}  # fmt: skip
+    found = costs(collect(layout.root))
+    of_stages = {("stage", cost.name): cost for cost in (*found.stages, found.total)}
+    of_iterations = {("iteration", cost.name): cost for cost in found.iterations}
+    known = of_stages | of_iterations
+    assert {of: [c.artifacts, c.seconds, c.tokens] for of, c in known.items()} == taken
+    assert {of: c.gpu_hours for of, c in known.items() if c.gpu_hours is not None} == gpu_hours
+    page = report(layout)
+    for kind, table in zip(("stage", "iteration"), tables_of(page, "cost"), strict=True):
+        shown = {(kind, row[0]): row[1:6] for row in table[1:]}
+        assert shown == {of: cost_cells(c) for of, c in known.items() if of[0] == kind}
+    assert [row[5] for row in tables_of(page, "cost")[1]] == ["GPU hours", "–", "1.00", "0.50"]
+    assert "GPU hours 1.50" in page.text()
+    words = ", ".join(f"{c.name} {numbers.seconds(c.seconds)}" for c in found.stages)
+    assert told(charts_of(page, "cost")[0][1]) == f"Wall time by stage: {words}."
+
+
+def cost_cells(cost: Cost) -> list[str]:
+    """Artifacts, time, tokens, tokens a second and GPU hours, as a table tells them."""
+    rate = numbers.number(round(cost.tokens / cost.seconds))
+    hours = "–" if cost.gpu_hours is None else f"{cost.gpu_hours:.2f}"
+    return [f"{cost.artifacts}", numbers.seconds(cost.seconds), f"{cost.tokens:,}", rate, hours]
 
 
 def test_settings_that_change_by_iteration_are_told_as_the_artifacts_were_made(
