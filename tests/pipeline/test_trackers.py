@@ -12,12 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from spin_cli.app import app
 from stages import tracking, train
 from stages.artifacts import Manifest, Outcome, Plan, open_artifact, produce, read_rows
 from stages.config import RunConfig, TrackingConfig
@@ -29,7 +33,7 @@ from stages.recipe import load_recipe
 from stages.run_record import start_or_resume
 from stages.tracking import Tracked, allowed, identity_of, open_tracking, summarize, tracked
 from stages.verify import verify
-from tests import artifact_tools
+from tests import artifact_tools, fake_stages
 from tests.scored_pairs import random_rows, scored_artifact
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +68,10 @@ def _libraries() -> Iterator[None]:
         pytest.skip("needs the trackers: make .venv/trackers")
     before = list(sys.path)
     sys.path.append(str(LIBRARIES))  # after our own: nothing here is taken from there
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # They are installed uncompiled, and a process spends a third of its time on compiling.
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        yield
     sys.path[:] = before
 
 
@@ -94,7 +101,9 @@ class Told:
         for _ in range(2):  # told once
             summarize(chosen, self.layout.stage(0, "promote"), promoted)
         self.files = self.layout.tracking
-        self.found = read(self.files)
+        with ThreadPoolExecutor() as pool:
+            read_one = partial(read, self.files)
+            self.found = {name: of[name] for of in pool.map(read_one, TRACKERS) for name in of}
 
     def made(self, name: str, stage: str, metrics: dict[str, Any]) -> Manifest:
         def fill(space: Any) -> Outcome:
@@ -220,6 +229,36 @@ def test_another_attempt_of_the_same_name_is_another_run(_libraries: None, tmp_p
         assert run["metrics"] == {"train/loss": [[0, 1.0], [2, 3.0]]}
 
 
+def test_a_run_tells_of_its_start_and_of_every_iteration_in_one_group(
+    _libraries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: p\nsft: {init: random}\n"
+        "promote: {metric: sampled_accuracy, min_gain: 0.05, on_refusal: champion}\n"
+    )
+    monkeypatch.setitem(fake_stages.accuracy_by_model, "iterations/001/train", 0.65)
+    words = ["run", str(recipe), "--run", str(tmp_path / "a run"), "--iterations", "2",
+             "tracking.trackers=[tensorboard]"]  # fmt: skip
+    for _ in range(2):  # told once
+        with fake_stages.installed():
+            done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    found = read(tmp_path / "a run" / "tracking", "tensorboard")["tensorboard"]
+    assert {run["group"] for run in found.values()} == {"a-run"}
+    told = {name.rpartition("-")[0]: run["metrics"] for name, run in found.items()}
+    assert len(told) == len(found)
+    figures = ("evaluate/sampled_accuracy", "promote/promoted")
+    assert {
+        name: [point for figure in figures for point in metrics.get(figure, [])]
+        for name, metrics in told.items()
+    } == {
+        "start": [[0, pytest.approx(0.6)]],
+        "iteration-000": [[0, pytest.approx(0.7)], [0, 1]],
+        "iteration-001": [[0, pytest.approx(0.65)], [0, 0]],
+    }
+
+
 class TestTrouble:
     def library(self, folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put a library of that name where the worker finds it first."""
@@ -268,10 +307,6 @@ class TestTrouble:
     def test_a_missing_library_is_refused_before_any_work(
         self, tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from typer.testing import CliRunner
-
-        from spin_cli.app import app
-
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         words = ["prepare", "--out", str(tmp_path / "data"), f"tracking.trackers=[{tracker}]"]
         result = CliRunner().invoke(app, words)
