@@ -1,7 +1,7 @@
 """win_rate: a model's answers against others to the same prompts, by a reward or a judge.
 
-A win counts 1, a tie one half. By rule or reward model the answer with the higher score wins; a
-judge is shown both, in both orders unless `swap` is off.
+A win counts 1, a tie one half. By rule or reward model the answer with the higher score wins, and
+equal answers tie; a judge is shown both, in both orders unless `swap` is off.
 """
 
 import logging
@@ -310,7 +310,7 @@ def _fill(
     given = (Answers(pair.asked, {OURS: pair.ours, OTHER: pair.other}) for pair in pairs)
     scores = list(score_answers(space, f"suite {name}", reward, given))
     verdicts = [
-        _Verdict(pair, (ours, other), ours if is_judge else _higher(ours, other))
+        _Verdict(pair, (ours, other), ours if is_judge else _won(pair, ours, other))
         for pair, (ours, other) in zip(pairs, scores, strict=True)
         if ours is not None and other is not None
     ]
@@ -331,8 +331,13 @@ def _fill(
     return Outcome(counts={"prompts": len(verdicts), **counts, **kept}, metrics=metrics)
 
 
-def _higher(ours: float, other: float) -> float:
-    """Return 1 where ours is the higher score, one half for a tie."""
+def _won(pair: _Pair, ours: float, other: float) -> float:
+    """Return 1 where ours is the higher score, one half for a tie, which equal answers are.
+
+    A reward model's logits of one text differ in their last bits with the batch it is in.
+    """
+    if pair.ours == pair.other:
+        return 0.5
     return (ours > other) + 0.5 * (ours == other)
 
 
