@@ -27,6 +27,10 @@ pytestmark = pytest.mark.skipif(find_chromium() is None, reason=REMEDY)
 
 CHECKS = (Path(__file__).parent / "checks.js").read_text(encoding="utf-8")
 NARROW, WIDE = (360, 780), (1400, 900)
+ways = pytest.mark.parametrize(
+    ("size", "theme"), [(WIDE, "light"), (NARROW, "dark")], ids=["wide-light", "narrow-dark"]
+)
+"""Two screens that differ in both, each of which may hide a control or fade a mark."""
 WATCH = """
 window.__violations = [];
 document.addEventListener("securitypolicyviolation", (event) =>
@@ -273,11 +277,12 @@ def test_hostile_texts_stay_texts(
     assert it.page.evaluate(CHECKS) == []
 
 
+@ways
 def test_samples_are_sorted_by_what_is_chosen(
-    opened: Any, known: tuple[Path, list[Sample]]
+    opened: Any, known: tuple[Path, list[Sample]], size: tuple[int, int], theme: str
 ) -> None:
     path, samples = known
-    it = opened(path)
+    it = opened(path, size, theme)
     it.choose("size", "100")
     gain = lambda s: s.player_reward - s.opponent_reward  # noqa: E731
     for key, value in (
@@ -287,13 +292,15 @@ def test_samples_are_sorted_by_what_is_chosen(
     ):  # fmt: skip
         it.choose("sort", key)
         assert it.ids() == [s.prompt_id[:8] for s in sorted(samples, key=value)], key
+    assert it.page.evaluate(CHECKS) == []
 
 
+@ways
 def test_search_finds_every_text_marks_it_and_tells_how_many(
-    opened: Any, known: tuple[Path, list[Sample]]
+    opened: Any, known: tuple[Path, list[Sample]], size: tuple[int, int], theme: str
 ) -> None:
     path, samples = known
-    it = opened(path)
+    it = opened(path, size, theme)
     it.page.fill("#samples-search", "nEEdle.")
     expect(it.page.locator("#samples-status")).to_have_text(
         "20 of 60 samples found; 1 to 20 shown."
@@ -301,6 +308,7 @@ def test_search_finds_every_text_marks_it_and_tells_how_many(
     assert it.page.locator("#samples-status[aria-live=polite]").count() == 1
     assert set(it.page.locator("article mark").all_inner_texts()) == {"Needle."}
     assert it.ids() == [s.prompt_id[:8] for s in samples if "Needle" in s.player]
+    assert it.page.evaluate(CHECKS) == [], "what is found can be read"
     for query, found in (
         ("question 7:", 1), (".*", 0), ("greedy 33", 1), (samples[3].prompt_id, 1),
         ("answer is 12.", 2), ("", 60),

@@ -38,7 +38,7 @@ from stages.reporting.ancestry import ancestry
 from stages.reporting.charts import ROLES, Bars, Drawer, Histograms, Line, Lines, draw
 from stages.reporting.collect import SIDES, collect
 from stages.reporting.costs import Cost, costs
-from stages.reporting.figures import LEVELS, MOST_BINS, lengths, margins
+from stages.reporting.figures import MOST_BINS, lengths, margins
 from stages.reporting.flow import Flow, flow
 from stages.reporting.headline import headline
 from stages.reporting.page import TEMPLATES, printable_page, render
@@ -383,15 +383,17 @@ def test_quantiles_of_lengths_and_margins_are_those_of_the_examples(
 ) -> None:
     page = report(run)
     at = ["Lengths", "Margins"].index(name)
-    rows = tables_of(page, "shapes")[at][1:]
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    [head, *rows] = tables_of(page, "shapes")[at]
+    assert head[3:] == ["5%", "25%", "50%", "75%", "95%"]
     whose = {(t, side): values for t, of in spread[name].items() for side, values in of.items()}
     assert [row[0] for row in rows] == [f"{t}, {side}" for t, side in whose]
     for row, values in zip(rows, whose.values(), strict=True):
-        wanted = [len(values), np.mean(values), *np.quantile(values, LEVELS)]
+        wanted = [len(values), np.mean(values), *np.quantile(values, levels)]
         assert [plain(cell) for cell in row[1:]] == pytest.approx(wanted, rel=1e-3), row
     chart = [chart for title, chart in charts_of(page, "shapes") if title == "by iteration"][at]
     for side in spread[name][0]:
-        fives = [np.quantile(spread[name][t][side], LEVELS) for t in range(3)]
+        fives = [np.quantile(spread[name][t][side], levels) for t in range(3)]
         ends = [[five[0], five[4]] for five in fives] + [[five[1], five[3]] for five in fives]
         assert heights(chart, side) == [seen(line, within=0.02) for line in ends], side
         [medians] = re.findall(rf" {side}: ([^;]*)[;.](?: |$)", told(chart))
