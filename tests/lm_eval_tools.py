@@ -61,6 +61,8 @@ def library_or_skip(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     if not LIBRARY.is_dir():
         pytest.skip("needs lm-evaluation-harness: make .venv/lm-eval")
     monkeypatch.setenv("PYTHONPATH", os.fspath(LIBRARY))
+    # It is installed uncompiled, and every process would spend half of its start on compiling.
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("HF_HOME", os.fspath(home))
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")

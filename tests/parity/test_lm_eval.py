@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from stages import suite
 from stages.artifacts import open_artifact, read_manifest, read_rows
+from stages.config import RunConfig
 from stages.data.measures import read_measures
 from stages.data.rows import SUITE_EXAMPLES
+from stages.suites.base import SuiteInputs
 from tests.lm_eval_tools import LIBRARY, ROOT, library_or_skip, make_tasks
 from tests.random_llama import save_random_llama
 
@@ -73,6 +77,21 @@ def by_its_own_command_line(
     return json.loads(results.read_text())["results"], samples
 
 
+def answer_as_it_does(model: Path, tasks: Path, out: Path) -> None:
+    """Make some answers of `written` what the model writes: whole, or its first letter."""
+    asked = {"kind": "lm_eval", "tasks": ["written"], "task_dir": os.fspath(tasks), "limit": 8,
+             "num_fewshot": SHOTS, "seed": SEED, "batch_size": 4}  # fmt: skip
+    config = RunConfig.model_validate({"suites": {"bench": asked}})
+    suite.run(config, SuiteInputs("bench", model=os.fspath(model)), out)
+    lines = (tasks / "test.jsonl").read_text().splitlines()
+    for row in read_rows([out / "examples.parquet"], SUITE_EXAMPLES):
+        number, said = int(row["prompt_id"].partition("-")[0]), row["response"]
+        letter = re.search("[a-z]", said)
+        answer = letter[0] if letter and number % 2 else said
+        lines[number] = json.dumps(json.loads(lines[number]) | {"answer": answer})
+    (tasks / "test.jsonl").write_text("\n".join(lines))
+
+
 def by_spin(
     model: Path, tasks: Path, out: Path, *settings: str
 ) -> subprocess.CompletedProcess[str]:
@@ -120,12 +139,16 @@ def test_our_suite_and_the_librarys_own_command_line_give_equal_scores(
 ) -> None:
     library_or_skip(monkeypatch, tmp_path / "home")
     tasks = make_tasks(tmp_path / "tasks")
+    answer_as_it_does(model, tasks, tmp_path / "before")
     results, samples = by_its_own_command_line(model, tasks, tmp_path / "theirs")
     out = tmp_path / "ours"
     printed = by_spin(model, tasks, out)
     assert_equal_scores(out, results, samples)
     assert "it/s" not in printed.stdout + printed.stderr, "the library is quiet"
-    assert 0 < results["choice"]["acc,none"] < 1, "a comparison of zeros would show nothing"
+    for task, metric in (
+        ("choice", "acc,none"), ("written", "exact_match,whole"), ("written", "exact_match,letter")
+    ):  # fmt: skip
+        assert 0 < results[task][metric] < 1, "a comparison of zeros would show nothing"
 
     rows = {
         (r["task"], r["prompt_id"]): r

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -420,7 +421,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     return folder
 
 
-F1 = "{metric: f1, aggregation: f1, higher_is_better: true}"
 SECOND = (
     CHOICE.replace("task: choice", "task: second")
     .replace('"{{question}}\\nAnswer:"', "!function rules.text")
@@ -482,21 +482,31 @@ def test_the_leaderboard_is_asked_with_its_few_shot_settings(
     def named(name: str, text: str = CHOICE) -> str:
         return text.replace("task: choice", f"task: {name}")
 
+    def group(name: str, *members: str) -> str:
+        rule = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
+        return f"group: {name}\ntask: [{', '.join(members)}]\n{rule}\n"
+
     gsm8k = WRITTEN.replace("task: written", "task: gsm8k").replace("num_fewshot: 2\n", "")
     fixed = CHOICE + "num_fewshot: 0\n"
+    few = CHOICE.replace("test.jsonl", "few.jsonl")
     tasks = make_tasks(
         tmp_path / "tasks",
         **{name: named(name) for name in ("arc_challenge", "hellaswag", "winogrande")},
-        **{f"mmlu_{name}": named(f"mmlu_{name}") for name in ("law", "art")},
+        # As the library's: a group of groups, whose tasks are not of one size.
+        mmlu_law=named("mmlu_law"),
+        mmlu_bio=named("mmlu_bio", few),
+        mmlu_art=named("mmlu_art"),
+        mmlu_humanities=group("mmlu_humanities", "mmlu_law", "mmlu_bio"),
+        mmlu_other=group("mmlu_other", "mmlu_art"),
+        mmlu=group("mmlu", "mmlu_humanities", "mmlu_other"),
         truthfulqa=named("truthfulqa_mc2", fixed),
         gsm8k=gsm8k.replace("name: whole", "name: strict-match"),
-        mmlu="group: mmlu\ntask: [mmlu_law, mmlu_art]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
     )
+    (tasks / "few.jsonl").write_text((tasks / "test.jsonl").read_text().partition("\n")[0])
     out = tmp_path / "out"
     done = ask(tiny_model_dir, out, tasks=[LEADERBOARD], task_dir=str(tasks), limit=2)
     shots = {"arc_challenge": 25, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10,
-             "mmlu_law": 5, "mmlu_art": 5}  # fmt: skip
+             "mmlu_law": 5, "mmlu_art": 5, "mmlu_bio": 5}  # fmt: skip
     assert {task: about["num_fewshot"] for task, about in done.config["asked"].items()} == shots
     for row in read_rows([out / "examples.parquet"], SUITE_EXAMPLES):
         assert row["prompt"].count("Answer:") == shots[row["task"]] + 1
@@ -506,7 +516,48 @@ def test_the_leaderboard_is_asked_with_its_few_shot_settings(
     ]  # fmt: skip
     average = sum(float(done.metrics[name] or 0) for name in headlines) / 6
     assert done.metrics[AVERAGE] == pytest.approx(average, abs=1e-12)
-    assert read_measures(open_artifact(out))[AVERAGE].mean() == pytest.approx(average, abs=1e-12)
+    measures = read_measures(open_artifact(out))
+    assert measures[AVERAGE].mean() == pytest.approx(average, abs=1e-12)
+    questions = [n for n in measures["mmlu.acc"].example_ids if not n.startswith("mmlu_bio/")]
+    assert (len(questions), len(measures["mmlu.acc"].values)) == (4, 5), "each question, once"
+    assert {"mmlu_humanities.acc", "mmlu_other.acc"} <= measures.keys()
+
+
+def test_the_leaderboards_tasks_metrics_and_filters_are_the_librarys_own(home: Path) -> None:
+    """From its files alone: no task is made, which would fetch its documents."""
+    program = textwrap.dedent("""
+        import json
+        from pathlib import Path
+        import lm_eval.tasks
+        folders = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
+        paths = [Path(lm_eval.tasks.__file__).with_name(name) for name in folders]
+        # Of 14,000 files, which take long to read.
+        index = lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False).task_index
+        def about(name):
+            cfg = index[name].cfg or {}
+            members = cfg["task"] if "group" in cfg else index[name].tags if not cfg else []
+            return {**cfg, "members": [about(each) for each in members]}
+        print(json.dumps({name: about(name) for name in json.loads(input())}, default=str))
+    """)
+    asked = subprocess.run(
+        [sys.executable, "-P", "-c", program], input=json.dumps(list(HEADLINES)),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    def tasks(about: dict[str, Any]) -> list[dict[str, Any]]:
+        return [task for each in about["members"] for task in tasks(each)] or [about]
+
+    found = json.loads(asked.stdout)
+    for name, (shots, key) in HEADLINES.items():
+        metric, rule = key.split(",")
+        for task in tasks(found[name]):
+            assert metric in [each["metric"] for each in task["metric_list"]], name
+            rules = [each["name"] for each in task.get("filter_list") or [{"name": "none"}]]
+            assert rule in rules, name
+            assert task.get("num_fewshot") != 0 or shots == 0, "a task's own 0 stays"
+    [weighed] = found["mmlu"]["aggregate_metric_list"]
+    assert weighed == {"metric": "acc", "weight_by_size": True}
+    assert len({task["task"] for task in tasks(found["mmlu"])}) == 57
 
 
 def test_another_task_file_function_document_or_few_shot_example_is_another_artifact(
