@@ -521,6 +521,8 @@ def test_the_leaderboard_is_asked_with_its_few_shot_settings(
     questions = [n for n in measures["mmlu.acc"].example_ids if not n.startswith("mmlu_bio/")]
     assert (len(questions), len(measures["mmlu.acc"].values)) == (4, 5), "each question, once"
     assert {"mmlu_humanities.acc", "mmlu_other.acc"} <= measures.keys()
+    law, bio = (measures[f"mmlu_{name}.acc"].mean() for name in ("law", "bio"))
+    assert law != bio, "else it would not matter what weighs alike"
 
 
 def test_the_leaderboards_tasks_metrics_and_filters_are_the_librarys_own(home: Path) -> None:
