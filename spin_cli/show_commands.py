@@ -14,7 +14,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=example(
             "spin show runs/demo:2",
             "spin show runs/demo/iterations/002/score --pairs --sort margin",
-            "spin show runs/demo/data --find apples --rows 20 --full",
+            "spin show runs/demo/data --find mugs --rows 20 --full",
         )
     )(show)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from stages.artifacts import (
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import Artifact, read_manifest
 from stages.data.rows import DROPPED, PAIRS, REWARDS, SCORED_PAIRS, SUITE_EXAMPLES, TRAIN_METRICS
+from stages.data.word_sums import THINGS
 from stages.layout import RunLayout
 from stages.recipe import load_recipe
 from stages.run_record import start_or_resume
@@ -627,3 +629,9 @@ class TestTerminal:
         )
         assert done.stderr == ""
         assert done.stdout.startswith("score  ")
+
+
+def test_the_words_that_its_help_looks_for_are_in_the_demo() -> None:
+    words = re.findall(r"--find (\w+)", spin("show", "--help").output)
+    assert words
+    assert set(words) <= set(THINGS)
