@@ -1,5 +1,6 @@
 """`spin report`: a run as a page."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         epilog=example(
             "spin report runs/demo --out demo.html",
+            "spin report runs/demo --out - | gzip > demo.html.gz",
             "spin report runs/demo --serve",
             "spin report runs/demo --serve --port 8000",
         )
@@ -25,7 +27,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE.html", help="The file to write; an earlier one "
-                     "is replaced."),
+                     "is replaced. -: to stdout."),
     ] = None,
     serve: Annotated[
         bool,
@@ -54,8 +56,12 @@ def report(
         wanted = DEFAULT_PORT if port is None else port
         serve_report(run, wanted, lambda url: put(f"{url} (Ctrl-C ends it)"))
         return
-    from stages.report import write_report
+    from stages.report import report_html, write_report
 
+    if str(out) == "-":
+        sys.stdout.buffer.write(report_html(run).encode())
+        sys.stdout.buffer.flush()
+        return
     written = write_report(run, out)
     gaps = f", {len(written.problems)} things could not be read" if written.problems else ""
     if not quiet:

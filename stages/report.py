@@ -26,6 +26,15 @@ class Written:
     """What of the run could not be read; the page says so too."""
 
 
+def report_html(run: Path) -> str:
+    """Return the report of a run, which `write_report` writes to a file.
+
+    Raises:
+        InputError: `run` is no run directory.
+    """
+    return render(collect(run))
+
+
 def write_report(run: Path, out: Path) -> Written:
     """Write the report of a run as one HTML file, replacing an earlier one whole.
 

@@ -144,6 +144,8 @@ class RunView:
     layout: RunLayout
     champion_problem: str | None = None
     """Why what the pointer leads to is not what was promoted, one of `problems` too."""
+    is_pointer_damaged: bool = False
+    """Whether there is a pointer that cannot be read; `pointer` is None then too."""
 
     @property
     def config(self) -> RunConfig | None:
@@ -235,7 +237,9 @@ class _Reader:
             read_recipe(layout)  # says what is wrong with the path
             raise InputError(f"{layout.root} is no run directory (no run.json); correct the path")
         recipe = self._attempt(lambda: read_recipe(layout), None)
+        known = len(self.problems)
         pointer = self._attempt(lambda: read_pointer(layout.champion), None)
+        is_pointer_damaged = len(self.problems) > known
         champion_problem = _champion_problem(layout, pointer)
         if champion_problem is not None:
             self.problems.append(champion_problem)
@@ -257,6 +261,7 @@ class _Reader:
             problems=tuple(dict.fromkeys(self.problems)),
             layout=layout,
             champion_problem=champion_problem,
+            is_pointer_damaged=is_pointer_damaged,
         )
 
     def _attempt(self, read: Callable[[], T], otherwise: T) -> T:
@@ -299,7 +304,9 @@ class _Reader:
 
     def _suites(self, iteration: int | None, recipe: Recipe | None) -> Iterator[Piece]:
         """Yield the suites that the recipe asks here, and others that were asked."""
-        names = recipe.for_iteration(iteration).suites_after(iteration) if recipe else {}
+        asked = recipe.for_iteration(iteration).suites_after(iteration) if recipe else {}
+        # before the first iteration nobody plays against another
+        names = [n for n, s in asked.items() if iteration is not None or s.kind != "win_rate"]
         parent = self.layout.suite(iteration, "x").parent
         found = [p.name.removeprefix("suite-") for p in _folders(parent) if "suite-" in p.name[:6]]
         for name in dict.fromkeys([*names, *found]):

@@ -71,11 +71,17 @@ def main_metric(view: RunView, shown: IterationView | None = None) -> str:
     wanted = view.config.promote.metric if view.config else FALLBACKS[0]
     known = [
         name
-        for name in (wanted, *FALLBACKS)
+        for name in _candidates(view)
         if view.measured_at_start(name)[0] is not None
         and (shown is None or shown.measured(name)[0] is not None)
     ]
     return known[0] if known else wanted
+
+
+def _candidates(view: RunView) -> list[str]:
+    """Return the metrics that a run can be told by, the first choice first."""
+    wanted = [view.config.promote.metric] if view.config else []
+    return list(dict.fromkeys([*wanted, *FALLBACKS]))
 
 
 def _words(
@@ -93,12 +99,11 @@ def _words(
     rank = "is the champion" if champion else "was not promoted: there is no champion yet"
     if champion is None and shown.decision is None:
         rank = "is evaluated, but not decided yet"
+    if view.is_pointer_damaged:
+        rank = "was evaluated last; the pointer is damaged, so the champion is not known"
     if gain is None:
-        return (
-            "plain",
-            "How it compares with the start is not known",
-            (f"{who} {rank}. The start was not evaluated by a metric that both have."),
-        )
+        title = "How it compares with the start is not known"
+        return "plain", title, f"{who} {rank}. {_why_no_gain(view, shown)}"
     units = view.units
     points = f"{units.difference(gain.metric, gain.difference)}{units.unit(gain.metric)}"
     titles = {
@@ -109,6 +114,22 @@ def _words(
     }
     tone, title = titles[gain.verdict]
     return tone if champion or tone == "bad" else "plain", title, f"{who} {rank}."
+
+
+def _why_no_gain(view: RunView, shown: IterationView) -> str:
+    """Return which side lacks a metric that both could be compared by."""
+    names = _candidates(view)
+    start = [name for name in names if view.measured_at_start(name)[0] is not None]
+    player = [name for name in names if shown.measured(name)[0] is not None]
+    if start and player:
+        return (
+            f"They have no such metric in common: the start has {', '.join(start)}, the player "
+            f"{', '.join(player)}."
+        )
+    which = f"no evaluation with {' or '.join(names)} that can be read"
+    if not start and not player:
+        return f"Neither it nor the start has an evaluation with {' or '.join(names)}."
+    return f"It has {which}." if start else f"The start has {which}."
 
 
 def _gain(view: RunView, shown: IterationView) -> Gain | None:
@@ -186,7 +207,7 @@ def _after_refusal(view: RunView, last: IterationView) -> str:
     if view.recipe is None:
         return "what comes next is not known, since run.json cannot be read"
     promote = view.recipe.for_iteration(last.index).promote
-    rival = "the champion" if view.pointer else "the start"
+    rival = "the champion" if view.pointer or view.is_pointer_damaged else "the start"
     match promote.on_refusal:
         case "stop":
             return "the run stops there (promote.on_refusal is stop)"

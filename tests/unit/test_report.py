@@ -698,6 +698,42 @@ def test_whatever_is_damaged_the_rest_is_told_and_the_damage_named(
     assert not collect(run.root).problems
 
 
+def test_a_damaged_pointer_is_not_told_as_no_champion(run: RunLayout) -> None:
+    run.champion.write_text("garbage")
+    page = report(run)
+    text = page.text()
+    assert "there is no champion yet" not in text
+    assert "The player of iteration 2 was evaluated last; the pointer is damaged" in text
+    assert "<dt>Champion</dt><dd>not known</dd>" in part(page, "summary")
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        (["iterations/002/evaluate"], "is the champion. It has no evaluation with sampled_accuracy "
+         "or greedy_accuracy or human_logprob_per_token that can be read."),
+        (["start/evaluate"], "is the champion. The start has no evaluation with sampled_accuracy"),
+        (["start/evaluate", "iterations/002/evaluate"], "Neither it nor the start has"),
+    ],
+)  # fmt: skip
+def test_the_side_that_lacks_its_evaluation_is_named(
+    run: RunLayout, gone: list[str], words: str
+) -> None:
+    for place in gone:
+        shutil.rmtree(run.root / place)
+    assert words in report(run).text()
+
+
+def test_a_suite_that_the_start_is_never_asked_is_not_missing_there(tmp_path: Path) -> None:
+    layout = write_run(
+        tmp_path / "run", 1, "suites.duel={kind: win_rate}", "suites.sums={kind: task}"
+    )
+    paths = [piece.path for piece in collect(layout.root).pieces() if "suite-" in piece.path]
+    assert paths == [
+        "start/suite-sums", "iterations/000/suite-duel", "iterations/000/suite-sums",
+    ]  # fmt: skip
+
+
 def test_a_page_of_a_run_with_a_damaged_recipe_and_pointer(run: RunLayout) -> None:
     for file in (run.record, run.champion):
         file.write_bytes(flipped(file.read_bytes()))
@@ -954,6 +990,17 @@ def test_the_command_tells_what_it_wrote(made: RunLayout, tmp_path: Path) -> Non
     found = CliRunner().invoke(app, ["report", str(made.root), "--out", str(out)])
     assert (found.exit_code, found.stdout) == (0, "")
     assert found.stderr.startswith(f"{out}: 3 iterations, 0.")
+
+
+def test_the_command_writes_a_page_to_stdout(
+    made: RunLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["report", str(made.root), "--out", "-"])
+    assert (found.exit_code, found.stderr) == (0, "")
+    write_report(made.root, tmp_path / "x.html")
+    assert found.stdout_bytes == (tmp_path / "x.html").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.html"]
 
 
 def test_only_the_report_loads_matplotlib(made: RunLayout) -> None:
