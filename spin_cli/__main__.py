@@ -1,5 +1,6 @@
 """Entry point of the console script `spin` and of `python -m spin_cli`."""
 
+import atexit
 import io
 import os
 import signal
@@ -24,15 +25,37 @@ def main() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
+    code: int | None = None
     try:
         app(prog_name="spin")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is under way, and all is said
         try:
             sys.stdout.flush()
         except BrokenPipeError:
             end_unread()
+            code = UNREAD
             sys.exit(UNREAD)
+        finally:
+            if code is not None:
+                _leave_if_launched(code)
+
+
+def _leave_if_launched(code: int) -> None:
+    """End one process of several that a launcher started, without taking the interpreter apart.
+
+    Threads of gloo may still hold tensors then, and abort the process as they let go of them: a
+    launcher would call the stage failed that has just been committed.
+    """
+    group = sys.modules.get("stages.model.group")  # only what works together has loaded it
+    if group is None or not group.is_launched():
+        return
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
