@@ -234,7 +234,7 @@ def test_a_run_tells_of_its_start_and_of_every_iteration_in_one_group(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "name: p\nsft: {init: random}\n"
+        "name: p\nsft: {init: random}\nreward: {name: gsm8k}\n"
         "promote: {metric: sampled_accuracy, min_gain: 0.05, on_refusal: champion}\n"
     )
     monkeypatch.setitem(fake_stages.accuracy_by_model, "iterations/001/train", 0.65)
