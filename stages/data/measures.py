@@ -1,14 +1,15 @@
 """What an evaluation measured on each example: the table that gates and comparisons read.
 
 Every evaluation holds `measures.parquet` (see rows.MEASURES), `metrics.json` (metric → value) and
-`intervals.json` (metric → [low, high], 95%; nulls where examples that all agree tell of none). A
-metric that is the mean of its measures, weighted, stands in all three; one that is no mean over
-examples only in metrics.json.
+`intervals.json` (metric → [low, high], 95%; nulls where examples that all agree tell of none; cut
+where the metric can be no higher or lower, if whoever measured it says so). A metric that is the
+mean of its measures, weighted, stands in all three; one that is no mean over examples only in
+metrics.json.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ import numpy as np
 
 from stages.artifacts import Artifact, TableWriter, Workspace, read_rows
 from stages.data.rows import MEASURES
-from stages.data.statistics import Floats, intervals
+from stages.data.statistics import Floats, Interval, intervals
 
 MEASURES_FILE = "measures.parquet"
 METRICS_FILE = "metrics.json"
 INTERVALS_FILE = "intervals.json"
+SHARE = (0.0, 1.0)
+RangeOf = Callable[[str], Interval | None]
+"""Returns the least and the highest value that a metric of some name can have, None: any."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,24 @@ class Column:
         return float(np.dot(self.values, self.weights) / self.weights.sum())
 
 
+def usual_range(name: str) -> Interval | None:
+    """Return the range of a share, or of a number of tokens or characters, by a name of ours."""
+    if name.endswith("_share"):
+        return SHARE
+    return (0.0, math.inf) if name.endswith(("mean_tokens", "mean_characters")) else None
+
+
 def write_measures(
-    space: Workspace, measures: Iterable[Measure], others: Mapping[str, float | None]
+    space: Workspace,
+    measures: Iterable[Measure],
+    others: Mapping[str, float | None],
+    range_of: RangeOf = usual_range,
 ) -> dict[str, float | None]:
     """Write the three files of an evaluation; return its metrics.
 
     Args:
         others: further metrics, or the same ones, known more exactly.
+        range_of: where intervals are cut off, which takes nothing from how often they are right.
     """
     found = list(measures)
     with TableWriter(space.file(MEASURES_FILE), MEASURES) as table:
@@ -62,13 +77,21 @@ def write_measures(
     columns = _columns(found)
     metrics = {name: column.mean() for name, column in columns.items()} | dict(others)
     ends = intervals([(column.values, column.weights) for column in columns.values()])
-    told = {name: found or (None, None) for name, found in zip(columns, ends, strict=True)}
+    told = {
+        name: _within(found, range_of(name)) if found else (None, None)
+        for name, found in zip(columns, ends, strict=True)
+    }
     _write(space.file(METRICS_FILE), {name: _finite(value) for name, value in metrics.items()})
     _write(
         space.file(INTERVALS_FILE),
         {name: [_finite(low), _finite(high)] for name, (low, high) in told.items()},
     )
     return metrics
+
+
+def _within(found: Interval, possible: Interval | None) -> Interval:
+    least, most = possible or (-math.inf, math.inf)
+    return max(found[0], least), min(found[1], most)
 
 
 def _finite(value: float | None) -> float | None:

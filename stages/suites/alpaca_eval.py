@@ -25,7 +25,7 @@ from stages.model.source import ModelSource
 from stages.suites import exchange
 from stages.suites.base import STAGE, SuiteWork
 from stages.suites.exchange import Answer, Judgement
-from stages.suites.wins import Win, measured_wins
+from stages.suites.wins import Win, measured_wins, range_of_wins
 
 FORMAT_VERSION = 1
 KIND = "alpaca_eval"
@@ -189,7 +189,7 @@ def _read_back(work: SuiteWork, path: Path) -> Manifest:
     def fill(space: Workspace, data: bytes, exported: exchange.Exported) -> Outcome:
         annotations = exchange.parse_list(data, path)
         found = preferences(annotations, path, exported.generator, exported.rows)
-        return exchange.write_judged(space, exported, found, _measured_preferences)
+        return exchange.write_judged(space, exported, found, _measured_preferences, range_of_wins)
 
     return exchange.read_back(work, KIND, FORMAT_VERSION, path, fill)
 

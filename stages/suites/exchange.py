@@ -28,7 +28,7 @@ from stages.artifacts import (
 )
 from stages.artifacts.keys import sha256_bytes, sha256_text
 from stages.artifacts.tables import Row
-from stages.data.measures import Measure, write_measures
+from stages.data.measures import Measure, RangeOf, write_measures
 from stages.data.rows import DROPPED, SUITE_EXAMPLES
 from stages.errors import ConfigError, InputError
 from stages.model.source import ModelSource
@@ -361,12 +361,14 @@ def write_judged(
     exported: Exported,
     found: Mapping[str, Judgement],
     measured: Callable[[Sequence[Row]], Iterable[Measure]],
+    range_of: RangeOf,
 ) -> Outcome:
     """Write the answers with their scores, those without to unscored.parquet, and the measures.
 
     Args:
         found: by prompt id, of known prompts only.
         measured: of rows that all have a score.
+        range_of: what is measured; see `write_measures`.
 
     Raises:
         InputError: no answer has a score.
@@ -394,7 +396,8 @@ def write_judged(
     _write_tables(space, judged, unscored)
     said = ({"prompt_id": key, **vars(one)} for key, one in sorted(found.items()))
     space.file("judgements.jsonl").write_bytes(lines(said))
-    metrics = write_measures(space, measured([r for r in judged if r["score"] is not None]), {})
+    measures = measured([row for row in judged if row["score"] is not None])
+    metrics = write_measures(space, measures, {}, range_of)
     reasons = [row["reason"] for row in unscored]
     one = next(iter(found.values()))
     return Outcome(

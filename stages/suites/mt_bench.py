@@ -16,7 +16,8 @@ from stages.artifacts.keys import sha256_bytes, sha256_text
 from stages.artifacts.tables import Row
 from stages.config import MtBenchSuiteConfig
 from stages.data.chat import chat_fingerprints
-from stages.data.measures import Measure, write_measures
+from stages.data.measures import Measure, usual_range, write_measures
+from stages.data.statistics import Interval
 from stages.engines.base import Completion, Engine, Request, Sampling
 from stages.errors import InputError
 from stages.model.source import ModelSource
@@ -320,7 +321,7 @@ def _read_back(work: SuiteWork, path: Path) -> Manifest:
                 f"{path} judges {exchange.shown(unknown[0])} (question/turn), which was not asked; "
                 "it is about other questions than the answers"
             )
-        return exchange.write_judged(space, exported, found, _measured_scores)
+        return exchange.write_judged(space, exported, found, _measured_scores, _range_of)
 
     return exchange.read_back(work, KIND, FORMAT_VERSION, path, fill)
 
@@ -379,6 +380,12 @@ def _judge(row: Mapping[str, Any], where: str) -> str:
     name = judge[0] if isinstance(judge, list) and judge else judge
     found: str = exchange.field({**row, "judge": name}, "judge", str, where)
     return found
+
+
+def _range_of(name: str) -> Interval | None:
+    """Return the range of a score, whatever its category is called."""
+    is_score = name == "score" or name.startswith("score_")
+    return (LEAST_SCORE, MOST_SCORE) if is_score else usual_range(name)
 
 
 def _measured_scores(rows: Sequence[Row]) -> Iterator[Measure]:

@@ -20,8 +20,9 @@ from stages.artifacts.tables import Row
 from stages.config import EngineConfig, RewardConfig, TaskSuiteConfig
 from stages.data.chat import chat_fingerprints
 from stages.data.inputs import other_source
-from stages.data.measures import Measure, write_measures
+from stages.data.measures import SHARE, Measure, RangeOf, usual_range, write_measures
 from stages.data.rows import SUITE_EXAMPLES
+from stages.data.statistics import Interval
 from stages.engines import gpus_used
 from stages.errors import ConfigError, InputError
 from stages.model.source import ModelSource
@@ -150,7 +151,8 @@ def _fill(work: SuiteWork, task: _Task, space: Workspace) -> Outcome:
             measures += measured(rows, task.suite, task.reward.config)
             num_tokens += sum(row["response_tokens"] for row in rows)
             unscored += scores.count(None)
-    metrics = write_measures(space, measures, {"prompts": len(asked)})
+    ranges = _ranges(task.reward.config)
+    metrics = write_measures(space, measures, {"prompts": len(asked)}, ranges)
     return Outcome(
         counts={"prompts": len(asked), "answers": table.num_rows, "dropped_refused": refused}
         | ({"unscored": unscored} if unscored else {}),
@@ -247,6 +249,16 @@ def measured(rows: Sequence[Row], suite: TaskSuiteConfig, reward: RewardConfig) 
         **_of_subsets([row for row in samples if row["score"] is not None], suite, reward),
     }
     return [Measure(rows[0]["prompt_id"], name, value) for name, value in values.items()]
+
+
+def _ranges(reward: RewardConfig) -> RangeOf:
+    """Return the range of each metric, by name; a mean reward has the reward's."""
+
+    def range_of(name: str) -> Interval | None:
+        is_share = reward.is_a_share and name.endswith("accuracy")
+        return SHARE if is_share or "@" in name else usual_range(name)
+
+    return range_of
 
 
 def _of_answers(prefix: str, rows: Sequence[Row]) -> dict[str, float]:

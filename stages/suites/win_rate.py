@@ -42,7 +42,7 @@ from stages.suites.answering import (
     score_answers,
 )
 from stages.suites.base import STAGE, SuiteWork
-from stages.suites.wins import Win, measured_wins
+from stages.suites.wins import Win, measured_wins, range_of_wins
 
 FORMAT_VERSION = 1
 OURS, OTHER = "ours", "other"
@@ -325,7 +325,7 @@ def _fill(
     further = _flips(space.path) if is_judge else _rewards(verdicts)
     wins = [Win(v.prompt_id, v.win, v.pair.ours, v.pair.other) for v in verdicts]
     measures = [*measured_wins(wins), *further]
-    metrics = write_measures(space, measures, {"prompts": len(verdicts)})
+    metrics = write_measures(space, measures, {"prompts": len(verdicts)}, range_of_wins)
     unscored = len(pairs) - len(verdicts)
     kept = {"unscored": unscored} if unscored else {}
     return Outcome(counts={"prompts": len(verdicts), **counts, **kept}, metrics=metrics)

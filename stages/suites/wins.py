@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.data.measures import Measure
+from stages.data.measures import SHARE, Measure, usual_range
+from stages.data.statistics import Interval
 from stages.suites.length_control import length_controlled
 
 
@@ -43,3 +44,11 @@ def measured_wins(wins: Sequence[Win]) -> Iterator[Measure]:
         }
         for name, found in values.items():
             yield Measure(one.example_id, name, float(found))
+
+
+def range_of_wins(name: str) -> Interval | None:
+    """Return the range of a metric of wins, `win_rate_…` of a part of them too.
+
+    That of `length_controlled_win_rate` has no end: it is read off a fit.
+    """
+    return SHARE if name == "win_rate" or name.startswith("win_rate_") else usual_range(name)

@@ -142,6 +142,9 @@ def test_preferences_come_back_as_win_rates(tmp_path: Path, answers: Path) -> No
     artifact = open_artifact(tmp_path / "out")
     assert manifest.inputs["model"] == open_artifact(answers).manifest.inputs["model"]
     assert read_measures(artifact)["win_rate"].values.tolist() == wins
+    intervals = json.loads(artifact.file("intervals.json").read_text())
+    assert (intervals["win_rate"], intervals["win_rate_koala"]) == ([0.0, 1.0], [0.0, 1.0])
+    assert intervals["length_controlled_win_rate"][0] < 0
     rows = list(read_rows([artifact.file("examples.parquet")], SUITE_EXAMPLES))
     assert [(row["score"], row["other"]) for row in rows] == list(zip(wins, REFERENCE, strict=True))
 

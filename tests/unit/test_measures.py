@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,32 @@ def test_measures_come_back_as_they_were_written_with_their_means_and_intervals(
         interval(columns["logprob"].values, columns["logprob"].weights) or ()
     )
     assert intervals["tokens"] == [None, None]  # a key all the same: it is a mean over examples
+
+
+def test_intervals_are_cut_where_a_metric_can_be_no_higher_or_lower(tmp_path: Path) -> None:
+    values = {"pass@4": (0.1, 0.9, 1.0), "margin": (-1.0, 0.0, 5.0), "cut_off_share": (0, 0.5, 0)}
+    given = [
+        Measure(f"p{i}", name, value) for name, of in values.items() for i, value in enumerate(of)
+    ]
+
+    def written(place: Path, **options: Any) -> dict[str, list[float]]:
+        def fill(space: Workspace) -> Outcome:
+            write_measures(space, given, {}, **options)
+            return Outcome(counts={})
+
+        produce(place, Plan("evaluate", 1, {}, {}, {}), fill)
+        found: dict[str, list[float]] = json.loads(
+            open_artifact(place).file("intervals.json").read_text()
+        )
+        return found
+
+    free = written(tmp_path / "free", range_of=lambda _: None)
+    assert all(low < 0 < high for low, high in free.values())
+    assert free["pass@4"][1] > 1
+    cut = written(tmp_path / "cut", range_of={"pass@4": (0.0, 1.0)}.get)
+    assert cut == free | {"pass@4": [0.0, 1.0]}
+    (_, high) = free["cut_off_share"]
+    assert written(tmp_path / "usual") == free | {"cut_off_share": [0.0, min(1.0, high)]}
 
 
 def test_wilsons_interval_is_that_of_the_tables() -> None:

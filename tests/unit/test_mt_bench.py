@@ -188,6 +188,10 @@ def test_scores_come_back_overall_by_turn_and_by_category(
     assert manifest.inputs["model"] == open_artifact(answers).manifest.inputs["model"]
     columns = read_measures(open_artifact(tmp_path / "out"))
     assert columns["score"].example_ids == ["81", "111", "141", "200"]
+    intervals = json.loads(open_artifact(tmp_path / "out").file("intervals.json").read_text())
+    assert intervals["score_turn_2"][1] == 10.0  # Student's t would give 10.7
+    told = [end for name in wanted for end in intervals[name] if end is not None]
+    assert all(1 <= end <= 10 for end in told)
     found = read_rows([open_artifact(tmp_path / "out").file("examples.parquet")], SUITE_EXAMPLES)
     scores = {row["prompt_id"]: (row["score"], row["scored_by"]) for row in found}
     assert scores["81/2"] == (7.5, "gpt-4")

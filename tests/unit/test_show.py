@@ -632,6 +632,6 @@ class TestTerminal:
 
 
 def test_the_words_that_its_help_looks_for_are_in_the_demo() -> None:
-    words = re.findall(r"--find (\w+)", spin("show", "--help").output)
+    words = re.findall(r"--find\s+([a-z]+)", spin("show", "--help").output)
     assert words
     assert set(words) <= set(THINGS)

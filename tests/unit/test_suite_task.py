@@ -146,6 +146,10 @@ def test_metrics_are_the_means_of_their_measures(asked: Path) -> None:
         "unscored_share": 0, "greedy_unscored_share": 0,
     }  # fmt: skip
     lengths = {name: metrics[name] for name in ("mean_tokens", "greedy_mean_tokens")}
+    intervals = json.loads(artifact.file("intervals.json").read_text())
+    told = {name: intervals[name] for name in intervals.keys() - lengths.keys()}
+    assert told["pass@1"] == told["accuracy"] == [0.0, 1.0]  # two prompts tell nothing
+    assert all(low is None or 0 <= low <= high <= 1 for low, high in told.values())
     assert metrics == pytest.approx(wanted | lengths)
     tokens = [r["response_tokens"] for r in examples(asked) if r["sample"] >= 0]
     assert lengths["mean_tokens"] == pytest.approx(sum(tokens) / 6)

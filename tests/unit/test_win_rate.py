@@ -1,5 +1,6 @@
 """Win rates: who is compared, who decides, and what length has to do with it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,19 @@ def test_the_higher_score_wins_and_a_tie_is_half_a_win(
     columns = read_measures(open_artifact(tmp_path / "out"))
     for name, column in columns.items():
         assert manifest.metrics[name] == pytest.approx(column.mean())
+
+
+def test_no_interval_leaves_the_range_of_its_metric_but_that_of_the_fit(
+    tmp_path: Path, sides: tuple[Path, Path, Path]
+) -> None:
+    compare(tmp_path / "out", *sides)
+    found = json.loads(open_artifact(tmp_path / "out").file("intervals.json").read_text())
+    column = read_measures(open_artifact(tmp_path / "out"))["win_rate"]
+    low, high = interval(column.values, column.weights) or (0, 0)
+    assert low < 0 < high - 1  # so that there is something to cut
+    assert found["win_rate"] == [0.0, 1.0]
+    assert found["other_mean_characters"][0] > 0
+    assert found["length_controlled_win_rate"][1] > 1
 
 
 def test_without_another_side_the_human_answers_are_compared_with(
