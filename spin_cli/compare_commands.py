@@ -1,20 +1,33 @@
 """Models side by side."""
 
-import textwrap
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spin_cli.options import Json, NoVerify, Quiet, Verbose, example
-from spin_cli.screen import put, put_json, put_table, set_up_messages
+from spin_cli.screen import (
+    counted,
+    fill,
+    put,
+    put_json,
+    put_table,
+    safe,
+    set_up_messages,
+    terminal_width,
+)
+from stages.headlines import longer_side
 
 if TYPE_CHECKING:
     from stages.compare import Comparison, Difference, SuiteTable, Value
 
 WIDTH = 80
-_PADDING = 3  # of a column, on a terminal
+_GAP = 2  # before a column
 MISSING = "-"
+_MOST_DIGITS = 6  # of the largest value in a row
+_MOST_DECIMALS = 6
+_LARGE, _TINY = 1e7, 1e-6
 
 
 def compare(
@@ -84,7 +97,12 @@ def _rivals(table: "SuiteTable") -> Iterator[str]:
 
 
 def _put_wrapped(line: str) -> None:
-    put(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    put(fill(safe(line), _width()))
+
+
+def _width() -> int:
+    """Return the columns that there are; of a pipe WIDTH, so that output depends on no terminal."""
+    return terminal_width() or WIDTH
 
 
 def letter(index: int) -> str:
@@ -96,14 +114,14 @@ def letter(index: int) -> str:
 def _put_values(table: "SuiteTable", found: "Comparison", every: bool) -> None:
     having = [i for i in range(len(found.models)) if any(v[i] for v in table.values.values())]
     cells = {
-        metric: [_value(values[i]) for i in having]
+        metric: _row([values[i] for i in having])
         for metric, values in table.values.items()
         if every or any(value is not None and value.low is not None for value in values)
     }
-    name = max(map(len, cells), default=0)
+    name = max(len("metric"), *map(len, cells))
     widths = [max((len(row[k]) for row in cells.values()), default=1) for k in range(len(having))]
-    caption = f"{table.suite}: values, with half the width of their 95% intervals"
-    for block in _blocks(widths, WIDTH - name - _PADDING):
+    caption = f"{table.suite}: values, ± the longer side of their 95% intervals"
+    for block in _blocks(widths, _width() - name):
         titles = ["metric", *(letter(having[k]) for k in block), ""]
         rows = [[metric, *(row[k] for k in block), ""] for metric, row in cells.items()]
         put_table(titles, rows, caption=caption)
@@ -115,7 +133,7 @@ def _blocks(widths: Sequence[int], room: int) -> Iterator[list[int]]:
     """Yield columns that fit side by side; one at least."""
     block: list[int] = []
     for column, width in enumerate(widths):
-        if block and sum(widths[k] + _PADDING for k in block) + width + _PADDING > room:
+        if block and sum(widths[k] + _GAP for k in block) + width + _GAP > room:
             yield block
             block = []
         block.append(column)
@@ -130,8 +148,7 @@ def _put_differences(table: "SuiteTable") -> None:
         [
             one.metric,
             letter(one.model),
-            _signed(one.paired.gain),
-            _ends(one.paired.low, one.paired.high),
+            *_change(one),
             one.verdict,
         ]
         for one in sorted(table.differences, key=lambda one: _place(one, table))
@@ -155,7 +172,7 @@ def _summary(table: "SuiteTable") -> Iterator[str]:
             if names:
                 words.append(f"{verdict} {', '.join(names)}")
         rest = sum(one.verdict in ("open", "same") for one in own)
-        words.append(f"{rest} of {len(own)} metrics show no difference")
+        words.append(f"{rest} of {counted(len(own), 'metric', 'metrics')} show no difference")
         yield f"{table.suite}: {letter(model)} against {letter(own[0].base)}: {'; '.join(words)}"
     rivals = sorted({one["metric"] for one in table.unpaired})
     if rivals:
@@ -163,31 +180,57 @@ def _summary(table: "SuiteTable") -> Iterator[str]:
         yield f"{table.suite}: not compared, since {' or '.join(why)}: {', '.join(rivals)}"
 
 
-def _value(value: "Value | None") -> str:
+def _row(values: "Sequence[Value | None]") -> list[str]:
+    """Return a metric of all models with one number of decimals: what its intervals need."""
+    halves = [longer_side(v.value, v.low, v.high) for v in values if v and v.value is not None]
+    told = [v.value for v in values if v and v.value is not None]
+    decimals = _decimals([half for half in halves if half], told)
+    return [_value(value, decimals) for value in values]
+
+
+def _value(value: "Value | None", decimals: int | None) -> str:
     if value is None or value.value is None:
         return MISSING
-    if value.low is None or value.high is None:
-        return _number(value.value)
-    # The longer side: near 0 and 1 the two differ.
-    text, half = _number(value.value), max(value.high - value.value, value.value - value.low)
-    decimals = len(text.partition(".")[2])
-    return f"{text} ±{_number(half) if 'e' in text else format(half, f'.{decimals}f')}"
+    half = longer_side(value.value, value.low, value.high)
+    text = _number(value.value, decimals)
+    return text if half is None else f"{text} ±{_number(half, decimals)}"
 
 
-def _number(value: float) -> str:
-    """Return three decimals, of tiny numbers two digits, of large ones one decimal."""
-    size = abs(value)
-    form = ".2g" if 0 < size < 0.01 else ".3f" if size < 10 else ".1f" if size < 1e5 else ".4g"
-    return format(value, form)
+def _decimals(halves: Sequence[float], values: Sequence[float]) -> int | None:
+    """Return how many decimals tell numbers of a row: two digits of its narrowest interval.
+
+    Without an interval, four digits of the smallest value. None where that takes too much room.
+    """
+    digits = 2 if halves else 4
+    sizes = [abs(each) for each in (halves or values) if each]
+    largest = max(map(abs, values), default=0.0)
+    if largest >= _LARGE or (sizes and max(*sizes, largest) < _TINY):
+        return None
+    wanted = digits - 1 - math.floor(math.log10(min(sizes))) if sizes else 3
+    # An interval that is all but a point would ask for any number of them.
+    most = _MOST_DIGITS - 1 - math.floor(math.log10(max(largest, _TINY)))
+    return max(0, min(wanted, most, _MOST_DECIMALS))
 
 
-def _signed(value: float) -> str:
-    text = _number(value)
+def _number(value: float, decimals: int | None) -> str:
+    """Return a number with so many decimals, nought without a sign; None: two digits of it."""
+    text = f"{value:.2g}" if decimals is None else f"{value:.{decimals}f}"
+    return text if float(text) else text.removeprefix("-")
+
+
+def _change(one: "Difference") -> tuple[str, str]:
+    """Return a difference and its interval, with one number of decimals."""
+    gain, low, high = one.paired.gain, one.paired.low, one.paired.high
+    if low is None or high is None:
+        return _signed(gain, _decimals([], [gain])), MISSING
+    halves = [(high - low) / 2] if high > low else []
+    decimals = _decimals(halves, [gain, low, high])
+    return _signed(gain, decimals), f"[{_signed(low, decimals)}, {_signed(high, decimals)}]"
+
+
+def _signed(value: float, decimals: int | None) -> str:
+    text = _number(value, decimals)
     return text if text.startswith("-") else f"+{text}"
-
-
-def _ends(low: float | None, high: float | None) -> str:
-    return MISSING if low is None or high is None else f"[{_signed(low)}, {_signed(high)}]"
 
 
 def add_to(app: typer.Typer) -> None:

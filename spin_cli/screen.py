@@ -4,8 +4,12 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, TextIO
 
 # Terminal sequences (CSI, OSC), other control characters, and marks that reverse the text.
@@ -15,6 +19,12 @@ _UNSAFE = re.compile(
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
     r"|[\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
+
+_PART = re.compile(r"[^ _./,-]*[ _./,-]*")
+"""What a title or a name may break behind."""
+_GAP = "  "
+_Row = Sequence[Sequence[str]]
+"""Cells, each as lines."""
 
 
 def safe(text: object) -> str:
@@ -62,43 +72,111 @@ def put_json(value: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def put_wrapped(text: str) -> None:
+    """Write one line to stdout; on a terminal, several that break between words."""
+    width = terminal_width()
+    line = " ".join(safe(text).split("\n"))
+    put(line if width is None else fill(line, width))
+
+
+def fill(text: str, width: int) -> str:
+    """Return a text in lines that break between words, those after the first further right."""
+    indent = " " * (len(text) - len(text.lstrip()))
+    return textwrap.fill(
+        text, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False, break_long_words=False
+    )
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with the word that follows it."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that reads stdout; None where none does."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def has_styles() -> bool:
+    """Tell whether stdout may be sent colours: it is a terminal, and NO_COLOR is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def put_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> None:
-    """Write a table to stdout; plain aligned text where that is no terminal.
+    """Write a table to stdout, one line a row.
 
-    All columns but the first and the last are numbers and stand to the right.
+    All columns but the first and the last are numbers and stand to the right. On a terminal that
+    is too narrow titles and names break, and where that is not enough each row is a block of lines
+    `title value`: nothing is ever cut.
     """
-    clean = [[safe(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        _put_rich_table(titles, clean, caption)
-        return
-    if caption:
-        put(caption)
-    widths = [max(len(row[i]) for row in [list(titles), *clean]) for i in range(len(titles))]
-    for row in [list(titles), *clean]:
-        cells = [
-            cell.rjust(width) if _is_number(i, len(titles)) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    heads = [[safe(title)] for title in titles]
+    body = [[[safe(cell)] for cell in row] for row in rows]
+    width = terminal_width()
+    if width is not None and _width(_columns(heads, body)) > width:
+        heads = [
+            _pieces(title[0], _widest(row[i] for row in body)) for i, title in enumerate(heads)
         ]
-        put("  ".join(cells).rstrip())
+        room = width - _width(_columns(heads, body)[1:]) - len(_GAP)
+        body = [[_pieces(row[0][0], max(room, _widest(heads[:1]))), *row[1:]] for row in body]
+        if _width(_columns(heads, body)) > width:
+            _put_blocks(titles, rows, caption, width)
+            return
+    if caption:
+        put_wrapped(caption)
+    depth = max(map(len, heads), default=0)
+    heads = [[*[""] * (depth - len(lines)), *lines] for lines in heads]  # the last ones level
+    widths = [_widest(column) for column in _columns(heads, body)]
+    for row in [heads, *body]:
+        for line in zip_longest(*row, fillvalue=""):
+            put(_GAP.join(_aligned(cell, i, widths) for i, cell in enumerate(line)).rstrip())
 
 
-def _put_rich_table(titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(safe(caption)) if caption else None, title_justify="left",
-                  box=box.SIMPLE_HEAD)  # fmt: skip
-    for i, title in enumerate(titles):
-        table.add_column(title, justify="right" if _is_number(i, len(titles)) else "left")
+def _put_blocks(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str, width: int
+) -> None:
+    """Write each row as its first cell and, below it, a line a column."""
+    if caption:
+        put_wrapped(caption)
+    longest = max(map(len, titles[1:]), default=0)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in it are no markup
-    Console().print(table)
+        put(fill(f"{titles[0]} {safe(row[0])}", width))
+        for title, cell in zip(titles[1:], row[1:], strict=True):
+            if title:
+                beside = f"  {title.ljust(longest)}  {safe(cell)}"
+                put(beside if _cells(beside) <= width else f"  {title}\n    {safe(cell)}")
 
 
-def _is_number(column: int, count: int) -> bool:
-    return 0 < column < count - 1
+def _columns(heads: _Row, body: Sequence[_Row]) -> list[list[list[str]]]:
+    return [list(column) for column in zip(heads, *body, strict=True)]
+
+
+def _width(columns: Sequence[Iterable[Sequence[str]]]) -> int:
+    return sum(_widest(column) for column in columns) + len(_GAP) * (len(columns) - 1)
+
+
+def _widest(cells: Iterable[Sequence[str]]) -> int:
+    return max((_cells(line) for lines in cells for line in lines), default=0)
+
+
+def _cells(text: str) -> int:
+    """Return the columns that a text takes; letters of some scripts take two."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
+
+
+def _pieces(text: str, width: int) -> list[str]:
+    """Return a title or a name in lines of `width`, or as near to it as its parts allow."""
+    parts, lines = _PART.findall(text), [""]
+    width = max(width, *(_cells(part.rstrip()) for part in parts))
+    for part in parts:
+        if lines[-1] and _cells((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def _aligned(cell: str, column: int, widths: Sequence[int]) -> str:
+    space = " " * (widths[column] - _cells(cell))
+    return space + cell if 0 < column < len(widths) - 1 else cell + space
 
 
 class _Messages(logging.StreamHandler[TextIO]):

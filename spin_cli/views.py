@@ -1,10 +1,11 @@
 """What status and config show print."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spin_cli.screen import put, put_table
-from stages.headlines import in_order
+from spin_cli.screen import counted, put, put_table, put_wrapped
+from stages.headlines import in_order, longer_side
 from stages.layout import RunLayout
 from stages.reporting.numbers import Units
 from stages.run_record import read_recipe
@@ -23,7 +24,7 @@ _COLUMNS = (
 
 
 def put_iterations(run: Path) -> None:
-    """Print one row an iteration: accuracies, margins, seconds, decision."""
+    """Print one row an iteration: accuracies, margins, seconds, decision; why it was refused."""
     _put_iterations(status(run), _units(run))
 
 
@@ -40,19 +41,20 @@ def put_status(run: Path) -> None:
     put(f"start: {_states(states)}")
     for row in found["iterations"]:
         stages = {name: stage["state"] for name, stage in row["stages"].items()}
-        put(f"iteration {row['index']}: {_states(stages)}{_course(row)}")
+        put_wrapped(f"iteration {row['index']}: {_states(stages)}{_course(row)}")
         if row["training"]:
-            put(f"  training: {_training(row['training'])}")
+            put_wrapped(f"  training: {_training(row['training'])}")
         for alarm in (row["decision"] or {}).get("alarms", []):
-            put(f"  alarm ({alarm['action']}): {alarm['text']}")
+            put_wrapped(f"  alarm {alarm['name']} ({alarm['action']}): {alarm['text']}")
         if row["converged"]:
-            put(f"  converged: {row['converged']}")
+            put_wrapped(f"  converged: {row['converged']}")
     if found["ended"]:
         ended = "the last run ended at {at} with exit code {exit_code}: {message}"
-        put(ended.format(**found["ended"]))
+        put_wrapped(ended.format(**found["ended"]))
     put("")
-    _put_iterations(found, _units(run))
-    _put_suites(found)
+    units = _units(run)
+    _put_iterations(found, units)
+    _put_suites(found, units)
 
 
 def setting_line(name: str, value: Any, origin: str) -> str:
@@ -83,12 +85,14 @@ def _training(metrics: dict[str, Any]) -> str:
 
 
 def _course(row: dict[str, Any]) -> str:
-    """Return what an iteration was held to, and what its optimizer went on from."""
+    """Return what an iteration was held to, what its optimizer went on from, what was changed."""
     words = []
     if row["reference"]:
         words.append(f"reference {row['reference']}")
     if row["optimizer"]:
         words.append(f"optimizer {row['optimizer']}")
+    for name, change in row["changed"].items():
+        words.append(f"{name} {change['value']:.4g} instead of {change['recipe']:.4g}")
     return f" ({', '.join(words)})" if words else ""
 
 
@@ -98,62 +102,65 @@ def _units(run: Path) -> Units:
 
 def _put_iterations(found: dict[str, Any], units: Units) -> None:
     titles = ["iteration", *(title for title, _ in _COLUMNS), "seconds", "decision"]
-    rows = [["start", *_cells(found["start"], units), MISSING, MISSING]]
+    names = {name: name for _, name in _COLUMNS}
+    rows = [["start", *_cells(found["start"], names, units), MISSING, MISSING]]
     for row in found["iterations"]:
         seconds = [stage["seconds"] for stage in row["stages"].values()]
         total = sum(s for s in seconds if s is not None)
-        rows.append(
-            [
-                str(row["index"]),
-                *_cells(row, units),
-                f"{total:.1f}",
-                _decision(row, found["champion"]),
-            ]
-        )
+        decision = _decision(row, found["champion"])
+        rows.append([str(row["index"]), *_cells(row, names, units), f"{total:.1f}", decision])
     put_table(titles, rows)
+    refused = {
+        row["index"]: row["decision"]["reasons"]
+        for row in found["iterations"]
+        if row["decision"] and not row["decision"]["promoted"]
+    }
+    if refused:
+        put("")
+    for index, reasons in refused.items():
+        put_wrapped(f"iteration {index} was refused: {'; '.join(reasons)}")
 
 
-def _cells(row: dict[str, Any], units: Units) -> list[str]:
-    """Return what was measured; the first figure with half the width of its interval."""
-    names = [name for _, name in _COLUMNS]
-    forms = [".1%" if units.is_share(name) else ".3f" for name in names]
-    values = [(row["metrics"].get(name), form) for name, form in zip(names, forms, strict=True)]
-    cells = [format(v, form) if isinstance(v, int | float) else MISSING for v, form in values]
-    low, high = row["intervals"].get(names[0]) or (None, None)
-    if low is not None and high is not None:
-        cells[0] += f" ±{(high - low) / 2:{forms[0]}}".removesuffix("%")
+def _cells(found: Mapping[str, Any], names: Mapping[str, str], units: Units) -> list[str]:
+    """Return what was measured; the first figure with the longer side of its interval.
+
+    Args:
+        names: metric → what it is called by `units`.
+    """
+    cells = []
+    for place, (name, unit) in enumerate(names.items()):
+        value, form = found["metrics"].get(name), ".1%" if units.is_share(unit) else ".3f"
+        if not isinstance(value, int | float):
+            cells.append(MISSING)
+            continue
+        half = longer_side(value, *(found["intervals"].get(name) or (None, None)))
+        beside = f" ±{half:{form}}".removesuffix("%") if half is not None and not place else ""
+        cells.append(f"{value:{form}}{beside}")
     return cells
 
 
-def _put_suites(found: dict[str, Any]) -> None:
+def _put_suites(found: dict[str, Any], units: Units) -> None:
     """Print the metrics of each suite, one row for the start and each iteration."""
     parts = [("start", found["start"]), *((str(r["index"]), r) for r in found["iterations"])]
-    for name in dict.fromkeys(name for _, row in parts for name in row["suites"]):
-        have = [
-            (label, row["suites"][name]["metrics"]) for label, row in parts if name in row["suites"]
-        ]
-        names = in_order(c for _, metrics in have for c in metrics)
+    for suite in dict.fromkeys(name for _, row in parts for name in row["suites"]):
+        have = {label: row["suites"][suite] for label, row in parts if suite in row["suites"]}
+        names = in_order(name for each in have.values() for name in each["metrics"])
         columns, more = names[:MAX_COLUMNS], len(names[MAX_COLUMNS:])
-        caption = f"suite {name}{f', and {more} more metrics by --json' if more else ''}"
-        cells = [[label, *(_number(m.get(c)) for c in columns), ""] for label, m in have]
+        further = f", and {counted(more, 'more metric', 'more metrics')} by --json" if more else ""
+        called = {name: f"{suite}.{name}" for name in columns}
+        cells = [[label, *_cells(each, called, units), ""] for label, each in have.items()]
         put("")
-        put_table(["iteration", *columns, ""], cells, caption=caption)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else MISSING
+        put_table(["iteration", *columns, ""], cells, caption=f"suite {suite}{further}")
 
 
 def _decision(row: dict[str, Any], champion: str | None) -> str:
+    """Return the decision in a word or two, for which a table has room."""
     decision = row["decision"]
     if decision is None:
         return MISSING
     if not decision["promoted"]:
-        return f"refused: {'; '.join(decision['reasons'])}"
+        return "refused"
     if row["rolled_back"]:
-        return "promoted, and rolled back since"
-    return (
-        "champion"
-        if RunLayout(Path()).iteration_of(champion or "") == row["index"]
-        else ("promoted")
-    )
+        return "rolled back"
+    is_champion = RunLayout(Path()).iteration_of(champion or "") == row["index"]
+    return "champion" if is_champion else "promoted"

@@ -1,4 +1,4 @@
-"""Which metrics of a suite are told first: a table, a chart or a line has no room for all."""
+"""What is told of metrics, and which first: a table, a chart or a line has no room for all."""
 
 import re
 from collections.abc import Iterable
@@ -47,6 +47,14 @@ def _rank(name: str, patterns: list[str]) -> tuple[int, int, int, int]:
             group = next(i for i, each in enumerate(patterns) if "@" in each) if k else place
             return 0, group, -k, place
     return 2 if is_minor else 1, 0, 0, 0
+
+
+def longer_side(value: float, low: float | None, high: float | None) -> float | None:
+    """Return what is told as ± beside a value: the longer side of its interval, None without one.
+
+    Near the ends of a metric's range, such as 0 and 1, the two sides differ.
+    """
+    return None if low is None or high is None else max(high - value, value - low)
 
 
 def kind_of(config: RunConfig | None, suite: str) -> str | None:

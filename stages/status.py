@@ -33,13 +33,15 @@ def status(run: Path) -> dict[str, Any]:
     the last `spin run` ended before its time, as {at, exit_code, message}, or None; `start` what
     was found for the first opponent, as {metrics, intervals, suites}; `iterations` a list of
     {index, stages, metrics, intervals, suites, decision, rolled_back, reference, optimizer,
-    training, converged}. `stages` maps a name to {state, key, seconds}, state being done, running,
-    partial (an attempt that was cut off), missing or corrupt. `metrics` are evaluate's, and pair's
-    `identical_share`; `intervals` theirs at 95%; `suites` maps a suite to its {metrics, intervals}.
-    `decision` is that of promote, or None, and `rolled_back` whether the pointer was taken back
-    from it since. `reference` is the model that the pairs were scored under, `optimizer` the player
-    whose optimizer's state was carried on, or "fresh"; `converged` says why the run may end with
-    this iteration, or is None.
+    changed, training, converged}. `stages` maps a name to {state, key, seconds}, state being done,
+    running, partial (an attempt that was cut off), missing or corrupt. `metrics` are evaluate's,
+    and pair's `identical_share`; `intervals` theirs at 95%; `suites` maps a suite to its {metrics,
+    intervals}. `decision` is that of promote, or None, and `rolled_back` whether the pointer was
+    taken back from it since. `reference` is the model that the pairs were scored under, `optimizer`
+    the player whose optimizer's state was carried on, or "fresh"; `changed` maps settings that the
+    player was trained with and that are others in the recipe, such as a learning rate that `retry`
+    lowered, to {value, recipe}; `converged` says why the run may end with this iteration, or is
+    None.
 
     Raises:
         InputError: `run` is no run directory.
@@ -97,6 +99,7 @@ def _iteration(
         "rolled_back": is_rolled_back(layout, iteration, pointer),
         "reference": _reference(layout, iteration),
         "optimizer": _optimizer(layout, iteration),
+        "changed": _changed(layout, config, iteration),
         "training": _training(layout, iteration),
         "converged": _converged(layout, recipe, iteration) if decision else None,
     }
@@ -115,6 +118,18 @@ def _optimizer(layout: RunLayout, iteration: int) -> str | None:
         return None
     carried = trained.inputs.get("optimizer_from")
     return carried.path if carried else "fresh"
+
+
+def _changed(layout: RunLayout, config: RunConfig, iteration: int) -> dict[str, Any]:
+    """Return the settings that `adapt` and `retry` change, where training had others."""
+    trained = _finished(layout.stage(iteration, "train"))
+    own = trained.config.get("train", {}) if isinstance(trained, Manifest) else {}
+    found = {}
+    for name in ("learning_rate", "beta"):
+        recipe = getattr(config.train, name)
+        if own.get(name, recipe) != recipe:
+            found[f"train.{name}"] = {"value": own[name], "recipe": recipe}
+    return found
 
 
 def _training(layout: RunLayout, iteration: int) -> dict[str, Any] | None:

@@ -2,8 +2,11 @@
 
 import errno
 import fcntl
+import io
 import json
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +16,18 @@ import pytest
 from typer.testing import CliRunner
 
 from spin_cli.app import app
+from spin_cli.compare_commands import _value
 from spin_cli.loop import carry_on
-from stages.artifacts import locks, read_manifest
+from spin_cli.views import _cells, put_status
+from stages.artifacts import Outcome, Plan, Workspace, locks, produce, read_manifest
+from stages.artifacts.json_file import write_object
+from stages.compare import Value
 from stages.errors import BusyError, CorruptError, DivergedError, InputError
+from stages.headlines import longer_side
 from stages.layout import RunLayout
 from stages.promote import rollback
 from stages.recipe import Recipe, load_recipe
+from stages.reporting.numbers import Units
 from stages.run_record import start_or_resume
 from stages.status import stage_state, status
 from tests import fake_stages
@@ -52,7 +61,7 @@ def test_a_decision_that_was_rolled_back_says_so(tmp_path: Path) -> None:
     rollback(layout)
     assert [row["rolled_back"] for row in status(layout.root)["iterations"]] == [False, True]
     rows = CliRunner().invoke(app, ["status", str(layout.root)]).stdout.splitlines()
-    assert rows[-1].endswith("promoted, and rolled back since")
+    assert rows[-1].endswith("rolled back")
     assert rows[-2].endswith("champion")
 
 
@@ -65,7 +74,117 @@ def test_suites_and_their_intervals_are_told(tmp_path: Path) -> None:
     assert found["iterations"][0]["stages"]["suite-sums"]["state"] == "done"
     lines = CliRunner().invoke(app, ["status", str(layout.root)]).stdout.splitlines()
     assert lines[-4] == "suite sums"
-    assert lines[-1].split() == ["0", "1", "0.7"]
+    assert lines[-1].split() == ["0", "100.0%", "70.0%"]
+
+
+class Terminal:
+    """What a command writes to a terminal of so many columns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def shows(self, layout: RunLayout, columns: int) -> list[str]:
+        size = os.terminal_size((columns, 24))
+        written = io.StringIO()
+        with self._monkeypatch.context() as patch:
+            patch.setattr("shutil.get_terminal_size", lambda: size)
+            patch.setattr(sys, "stdout", written)
+            patch.setattr(written, "isatty", lambda: True, raising=False)
+            put_status(layout.root)
+        return written.getvalue().splitlines()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    return Terminal(monkeypatch)
+
+
+def refused(layout: RunLayout, *reasons: str, alarms: list[dict[str, Any]] | None = None) -> None:
+    """Refuse the first iteration for these reasons."""
+    out = layout.stage(0, "promote")
+    shutil.rmtree(out)
+    decision = {"promoted": False, "reasons": reasons, "alarms": alarms or []}
+
+    def fill(space: Workspace) -> Outcome:
+        write_object(space.file("decision.json"), decision)
+        return Outcome(counts={})
+
+    produce(out, Plan("promote", 1, {}, {}), fill)
+
+
+def test_a_refusal_is_one_word_in_the_table_and_its_reasons_stand_below(
+    tmp_path: Path, terminal: Terminal
+) -> None:
+    layout, _ = a_run(tmp_path)
+    reasons = ("too long by 20 words, " * 4 + "much", "too dear by 30 coins, " * 4 + "much")
+    refused(layout, *reasons)
+    lines = CliRunner().invoke(app, ["status", str(layout.root)]).stdout.splitlines()
+    row = lines[-3]
+    assert (row.split()[0], row.split()[-1]) == ("0", "refused")
+    assert len(row) < 100
+    assert lines[-1] == f"iteration 0 was refused: {'; '.join(reasons)}"
+    narrow = terminal.shows(layout, 60)
+    start = next(i for i, line in enumerate(narrow) if line.startswith("iteration 0 was refused"))
+    assert len(narrow[start:]) > 2
+    assert " ".join(line.strip() for line in narrow[start:]) == " ".join(lines[-1].split())
+
+
+FULL = {
+    "sampled_accuracy": 0.984, "greedy_accuracy": 0.998, "identical_share": 0.821,
+    "heldout_reward_accuracy": 0.581, "heldout_reward_margin": -0.021,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [200, 80, 50, 20])
+def test_no_terminal_is_too_narrow_for_a_figure(
+    tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    layout, _ = a_run(tmp_path, 2)
+    found = status(layout.root)
+    for row in found["iterations"]:
+        row["metrics"], row["intervals"] = dict(FULL), {"sampled_accuracy": [0.82, 0.99]}
+    monkeypatch.setattr("spin_cli.views.status", lambda _: found)
+    lines = terminal.shows(layout, columns)
+    table = lines[lines.index("") + 1 :]
+    words = " ".join(table).split()
+    for figure in ("98.4%", "±16.4", "99.8%", "82.1%", "58.1%", "-0.021"):
+        assert words.count(figure) == 2
+    assert words.count("champion") == words.count("promoted") == 1
+    assert "…" not in "".join(lines)
+    assert "\x1b" not in "".join(lines)
+    if columns >= 80:
+        assert max(map(len, table)) <= columns
+        assert [line.split()[0] for line in table[-3:]] == ["start", "0", "1"]
+    else:
+        assert sum(line.startswith("iteration ") for line in table) == 3
+
+
+def test_a_figure_stands_with_the_longer_side_of_its_interval_in_status_and_in_compare(
+    tmp_path: Path,
+) -> None:
+    assert longer_side(0.653, 0.623, 0.682) == pytest.approx(0.030)
+    units, found = Units(), {"metrics": FULL, "intervals": {"sampled_accuracy": [0.82, 0.99]}}
+    assert _cells(found, {"sampled_accuracy": "quiz.accuracy"}, units) == ["98.4% ±16.4"]
+    assert _value(Value(0.984, 0.82, 0.99, 9), 3) == "0.984 ±0.164"
+
+
+def test_an_alarm_has_its_name_and_a_changed_rate_both_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, _ = a_run(tmp_path)
+    refused(layout, "no", alarms=[{"name": "accuracy_drop", "action": "refuse", "text": "it fell"}])
+    text = CliRunner().invoke(app, ["status", str(layout.root)]).stdout
+    assert "\n  alarm accuracy_drop (refuse): it fell\n" in text
+    assert status(layout.root)["iterations"][0]["changed"] == {}
+    trained = layout.stage(0, "train")
+    rate = load_recipe(None).for_iteration().train.learning_rate
+    shutil.rmtree(trained)
+    own = {"train": {"learning_rate": rate / 2, "beta": 0.1}}
+    produce(trained, Plan("train", 1, own, {}), lambda space: Outcome(counts={}))
+    change = {"train.learning_rate": {"value": rate / 2, "recipe": rate}}
+    assert status(layout.root)["iterations"][0]["changed"] == change
+    text = CliRunner().invoke(app, ["status", str(layout.root)]).stdout
+    assert f"train.learning_rate {rate / 2:.4g} instead of {rate:.4g})" in text
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
@@ -81,7 +200,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     row = found["iterations"][1]
     assert list(row) == [
         "index", "stages", "metrics", "intervals", "suites", "decision", "rolled_back",
-        "reference", "optimizer", "training", "converged",
+        "reference", "optimizer", "changed", "training", "converged",
     ]  # fmt: skip
     assert row["training"] == read_manifest(layout.stage(1, "train")).metrics
     assert (row["reference"], row["optimizer"]) == ("iterations/000/train", "fresh")
