@@ -54,7 +54,7 @@ demo-base: .venv/.core ## make the demo's base model anew in runs/demo-base, and
 ##@ Check it
 .PHONY: test test-long check bench bench-gpu browser screenshots
 test: .venv/.dev .venv/s3 .venv/lm-eval .venv/trackers ## all tests but the long ones; ARGS='-k NAME' picks some
-	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 	@command -v $(CHROMIUMS) >/dev/null || echo "no Chromium: the report was not tested in a browser; make browser installs one" >&2
 
 test-long: .venv/.dev .venv/optim8 .venv/ray .venv/lm-eval ## the long tests: kills at every system call, many repetitions

@@ -35,6 +35,10 @@ CHAT_TEMPLATE = (
 )
 
 
+SLOW_FIRST = ("pipeline", "faults", "parity", "browser")
+"""Folders whose files take minutes: begun last, one of them would run alone for as long."""
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 2 layers and width 32 with random weights, the same in every session.
@@ -84,6 +88,8 @@ def _has_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU without one, and put slow folders first; make test keeps this order."""
+    items.sort(key=lambda item: item.path.parent.name not in SLOW_FIRST)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:

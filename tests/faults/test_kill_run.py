@@ -61,8 +61,8 @@ def finish(folder: Path, run: str) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_20_kills_at_random_times_change_no_byte(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, 20, seed=0)
+def test_six_kills_at_random_times_change_no_byte(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 6, seed=0)
 
 
 @pytest.mark.long

@@ -86,7 +86,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.long) for s in (1, 2))])
 def test_killed_at_a_random_step_it_ends_in_the_same_bytes(
     scored: Path, tiny_model_dir: Path, unbroken: Path, tmp_path: Path, seed: int
 ) -> None:
@@ -145,7 +145,9 @@ def stop_and_resume(scored: Path, model_dir: Path, out: Path, number: signal.Sig
     return said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_signal_writes_a_checkpoint_and_leaves(
     scored: Path, tiny_model_dir: Path, unbroken: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -173,7 +175,7 @@ def test_fifty_signals_mid_step_and_mid_save(
         assert bytes_of(out) == bytes_of(unbroken)
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.long)])
 def test_a_checkpoint_is_resumed_by_another_number_of_processes(
     scored: Path, tiny_model_dir: Path, unbroken: Path, tmp_path: Path, first: int, then: int
 ) -> None:

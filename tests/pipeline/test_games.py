@@ -25,6 +25,7 @@ __all__ = ["command", "fakes"]  # fixtures
 GAME = """
 name: games
 sft: {init: random}
+reward: {name: gsm8k}
 promote: {metric: sampled_accuracy, min_gain: 0.05}
 """
 
@@ -274,6 +275,7 @@ class TestByOtherMeans:
         assert content("a") == content("b")
         assert made(2, "train").config["train"]["beta"] == pytest.approx(0.4)
 
+    @pytest.mark.long
     def test_make_plays_the_same_games(self, fakes: None, command: Path) -> None:
         run(*self.WORDS, iterations=3)
         words = " ".join(f"'{word}'" for word in self.WORDS)

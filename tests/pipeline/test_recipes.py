@@ -218,7 +218,7 @@ class TestThePaperPlayed:
         assert "heldout_reward_accuracy" in status["iterations"][3]["metrics"]
 
 
-@pytest.mark.parametrize("update_every", [1, 4])
+@pytest.mark.parametrize("update_every", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_verl_played_carries_its_optimizer_and_refreshes_its_reference(
     tmp_path: Path, update_every: int
 ) -> None:

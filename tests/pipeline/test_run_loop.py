@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = """
 name: example
 sft: {init: random}
+reward: {name: gsm8k}
 promote: {metric: sampled_accuracy, min_gain: 0.05}
 iterations: {1: {train: {beta: 5.0}}}
 """
@@ -424,7 +425,11 @@ class TestByOtherMeans:
 
     @pytest.mark.parametrize(
         ("policy", "code"),
-        [("stop", 6), ("retry", 0), pytest.param("champion", 0, marks=pytest.mark.long)],
+        [
+            ("stop", 6),
+            pytest.param("retry", 0, marks=pytest.mark.long),
+            pytest.param("champion", 0, marks=pytest.mark.long),
+        ],
     )
     def test_a_shell_does_the_same_after_a_refusal(
         self,

@@ -1,6 +1,8 @@
 """Suites in a run: asked at the start and after iterations, by the loop, a shell, and make."""
 
 import logging
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -94,18 +96,36 @@ def test_what_a_win_rate_does_not_measure_is_told_before_training(fakes: None) -
     assert not RunLayout(Path("r")).iterations()
 
 
-def test_the_printed_commands_and_make_do_the_same(
+def asked(inner: re.Match[str]) -> str:
+    """What a command prints that stands in another, as a shell would ask it."""
+    return spin(*shlex.split(inner[1])[1:]).stdout.strip()
+
+
+def test_the_printed_commands_do_the_same(fakes: None) -> None:
+    assert spin("run", "recipe.yaml", "--run", "a", "--iterations", "1").exit_code == 0
+    printed = spin("run", "recipe.yaml", "--run", "b", "--iterations", "1", "--dry-run")
+    assert printed.exit_code == 0, printed.output
+    for line in printed.stdout.splitlines():
+        name, *words = shlex.split(re.sub(r"\$\((spin .*?)\)", asked, line))
+        assert (name, spin(*words).exit_code) == ("spin", 0), line
+    assert content("b") == content("a")
+
+
+@pytest.mark.long
+def test_a_shell_and_make_do_the_same(
     fakes: None,
     command: Path,  # noqa: F811
 ) -> None:
     assert spin("run", "recipe.yaml", "--run", "a", "--iterations", "1").exit_code == 0
     printed = spin("run", "recipe.yaml", "--run", "b", "--iterations", "1", "--dry-run")
-    assert printed.exit_code == 0, printed.output
     subprocess.run(["bash", "-e", "-c", printed.stdout], check=True, capture_output=True)
     assert content("b") == content("a")
     make = ["make", "-f", str(ROOT / "configs/pipeline.mk"), "CONFIG=recipe.yaml", "RUN=d"]
     subprocess.run([*make, "ITERATION=0"], check=True, capture_output=True)
     assert content("d") == content("a")
+
+
+def test_rules_of_make_name_the_suites(fakes: None) -> None:
     rules = spin("run", "recipe.yaml", "--run", "c", "--iterations", "2", "--rules")
     assert rules.exit_code == 0, rules.output
     assert "c/iterations/001/suite-own/manifest.json: " in rules.stdout
@@ -185,7 +205,7 @@ def test_answers_that_leave_no_room_are_told_before_the_first_stage(
 ) -> None:
     words = [word.replace("=M", f"={tiny_model_dir}") for word in words]
     result = spin("run", "recipe.yaml", "--run", "r", "--iterations", "1", *words)
-    assert result.exit_code == 3, result.output
+    assert result.exit_code == 2, result.output
     assert f"{key} leaves no room for a prompt" in result.output
     assert not fake_stages.calls
     assert not Path("r").exists()

@@ -173,7 +173,7 @@ def row_set_hash(out: Path) -> str:
     return sha256_text(canonical_json(rows))
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_any_number_of_workers_makes_the_same_artifact(
     workers: Gather, tmp_path: Path, alone: Path, count: int
 ) -> None:
@@ -239,7 +239,7 @@ def test_one_who_would_join_with_other_settings_is_refused(workers: Gather, tmp_
         assert "is being made with other settings or inputs by process" in told
 
 
-@pytest.mark.parametrize("shard_rows", [7, 60])
+@pytest.mark.parametrize("shard_rows", [7, pytest.param(60, marks=pytest.mark.long)])
 def test_the_division_into_shards_is_the_attempt_s_whoever_goes_on(
     workers: Gather, tmp_path: Path, alone: Path, shard_rows: int
 ) -> None:

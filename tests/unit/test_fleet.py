@@ -202,7 +202,9 @@ LEFT_BEHIND = """if True:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_no_engine_outlives_the_command(tiny_model_dir: Path, how: signal.Signals) -> None:
     root = Path(__file__).parents[2]
     words = [sys.executable, "-c", LEFT_BEHIND, str(tiny_model_dir)]
