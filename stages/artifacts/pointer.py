@@ -13,13 +13,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stages.artifacts import locks
 from stages.artifacts.files import inner_path, write_durably
 from stages.artifacts.keys import open_sealed, sealed_text
+from stages.artifacts.manifest import MANIFEST_NAME, open_artifact
 from stages.artifacts.produce import RUN_MARK
-from stages.errors import CorruptError, InputError
+from stages.errors import ConfigError, CorruptError, InputError
 
 POINTER_NAME = "champion"
 """Of the one pointer of a run, beside its record."""
 POINTER_FORMAT = 1
 _HASH_NAME = "sha256"
+_KEY_CHARS = 12
 
 
 class PointerEntry(BaseModel):
@@ -34,8 +36,8 @@ class PointerEntry(BaseModel):
     reason: str
     """Why, in words for people."""
     decision_key: str | None
-    """The key of the decision that asked for the move; each moves the pointer once. None marks
-    a roll-back."""
+    """The key of the decision that asked for the move. Each moves the pointer once, and again only
+    where people ask for it after a roll-back, see `move_again`. None marks a roll-back."""
     at: str | None = None
     """When, as ISO 8601; for people: nothing is decided by it."""
 
@@ -51,7 +53,10 @@ class Pointer(BaseModel):
     history: list[PointerEntry]
 
     def trail(self) -> list[PointerEntry]:
-        """Return the targets that lead to the present one: roll-backs undone, no two in a row."""
+        """Return the targets that lead to the present one: roll-backs undone, no two in a row.
+
+        A move that was rolled back and made again stands where it was made again.
+        """
         trail: list[PointerEntry] = []
         for entry in self.history:
             if entry.decision_key is None:
@@ -156,6 +161,38 @@ def move_pointer(path: Path, target: PointerEntry) -> bool:
     return True
 
 
+def move_again(path: Path, decision_key: str) -> Pointer:
+    """Point the file `path` again at what a decision moved it to, after a roll-back from there.
+
+    The next roll-back goes to where the pointer is now.
+
+    Raises:
+        ConfigError: the decision never moved the pointer, or nobody rolled back from its target.
+        InputError: its target is gone.
+        CorruptError: its target or the pointer is damaged.
+        BusyError: another process is moving the pointer.
+    """
+    with locks.hold(locks.lock_path(path), str(path)):
+        pointer = read_pointer(path)
+        history = pointer.history if pointer else []
+        first = next((entry for entry in history if entry.decision_key == decision_key), None)
+        if pointer is None or first is None:
+            raise ConfigError(
+                f"{path} was never moved by this decision, so nothing was rolled back; "
+                "leave --again out"
+            )
+        target = (first.path, first.key)
+        if (pointer.path, pointer.key) == target:
+            raise ConfigError(f"{path} points to {first.path} already; there is nothing to do")
+        if target in [(entry.path, entry.key) for entry in pointer.trail()]:
+            raise ConfigError(
+                f"{path} went on from {first.path} to {pointer.path}, and was never rolled back "
+                "from it; to go back to the champion before, use --rollback"
+            )
+        _check_target(path, first)
+        return _move_by_hand(path, pointer, first, f"promoted again: {first.reason}", decision_key)
+
+
 def put_pointer(path: Path, pointer: Pointer) -> None:
     """Write a pointer that came from another copy of the run, in the place of what is there.
 
@@ -178,7 +215,7 @@ def roll_back(path: Path) -> Pointer:
     Raises:
         InputError: there is no earlier target, or its artifact is gone.
         BusyError: another process is moving the pointer.
-        CorruptError: the pointer is damaged.
+        CorruptError: the pointer is damaged, or that artifact is, or it was made anew.
     """
     with locks.hold(locks.lock_path(path), str(path)):
         pointer = read_pointer(path)
@@ -191,20 +228,48 @@ def roll_back(path: Path) -> Pointer:
                 f"to start over without a champion, delete {path}"
             )
         previous = trail[-2]
-        if not inner_path(path.parent, previous.path, named_by=path.name).exists():
-            raise InputError(
-                f"{path} cannot go back to {previous.path}, which does not exist any more; "
-                "make it again with `spin run`, or promote another"
-            )
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = PointerEntry(
-            path=previous.path,
-            key=previous.key,
-            reason=f"rolled back from {pointer.path}",
-            decision_key=None,
-            at=now,
+        _check_target(path, previous)
+        return _move_by_hand(path, pointer, previous, f"rolled back from {pointer.path}", None)
+
+
+def _move_by_hand(
+    path: Path, pointer: Pointer, target: PointerEntry, reason: str, decision_key: str | None
+) -> Pointer:
+    """Move the pointer to where it was before; the caller holds its lock."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    entry = target.model_copy(update={"reason": reason, "decision_key": decision_key, "at": now})
+    return _write(path, [*pointer.history, entry])
+
+
+def _check_target(path: Path, target: PointerEntry) -> None:
+    """Check that what the pointer shall go back to is whole, and the one that was promoted.
+
+    Names and sizes of its files are checked, not their hashes: who loads it does that.
+
+    Raises:
+        InputError: it is gone.
+        CorruptError: it is damaged, or was made anew.
+    """
+    place = inner_path(path.parent, target.path, named_by=path.name)
+    where = f"{path} cannot go back to {target.path}"
+    if not place.exists():
+        raise InputError(
+            f"{where}, which does not exist any more; make it again with `spin run`, or promote "
+            "another"
         )
-        return _write(path, [*pointer.history, entry])
+    if not (place / MANIFEST_NAME).exists():
+        raise CorruptError(
+            f"{where}: it has no {MANIFEST_NAME}; delete {place} and run its stage again"
+        )
+    try:
+        key = open_artifact(place).manifest.key
+    except CorruptError as error:
+        raise CorruptError(f"{where}: {error}") from None
+    if key != target.key:
+        raise CorruptError(
+            f"{where}: {target.key[:_KEY_CHARS]} was promoted, {key[:_KEY_CHARS]} is there now; "
+            "evaluate that one and promote it, or make the old one again in its place"
+        )
 
 
 def _write(path: Path, history: list[PointerEntry]) -> Pointer:
