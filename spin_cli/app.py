@@ -41,6 +41,7 @@ from spin_cli.screen import put, put_json, say, set_up_messages
 
 if TYPE_CHECKING:
     from spin_cli.steps import Step
+    from stages.layout import RunLayout
     from stages.recipe import Recipe
 
 
@@ -421,6 +422,7 @@ def evaluate(
 
 @app.command(
     epilog=example("spin promote runs/demo --iteration 2", "spin promote runs/demo --rollback",
+                   "spin promote runs/demo --iteration 2 --again",
                    "spin promote runs/demo --export models/champion")
 )  # fmt: skip
 def promote(
@@ -429,11 +431,21 @@ def promote(
         int | None,
         typer.Option("--iteration", "-t", min=0, help="Whose player to decide on, or to export."),
     ] = None,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Undo a roll-back: make that player champion again, which was "
+                     "promoted and rolled back since. Nothing is decided."),
+    ] = False,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Go back to the champion before.")
     ] = False,
     history: Annotated[
-        bool, typer.Option("--history", help="Print every champion so far, with the reasons.")
+        bool,
+        typer.Option("--history", help="Print every champion so far, with the reasons; the present "
+                     "one is marked with *."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --history: one JSON object on stdout.")
     ] = False,
     export: Annotated[
         Path | None,
@@ -461,9 +473,13 @@ def promote(
 ) -> None:  # fmt: skip
     """Let the gate decide on a player, roll back, or export.
 
-    Exit code 6 when the player does not become champion.
+    Exit code 6 when the gate refuses the player, or it was promoted and rolled back since.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
+    if as_json and not history:
+        raise typer.BadParameter("--json goes with --history")
+    if again and (iteration is None or export is not None):
+        raise typer.BadParameter("--again goes with --iteration, and not with --export")
     if (export is None and push_to_hub is not None) or (public and push_to_hub is None):
         raise typer.BadParameter("--push-to-hub goes with --export DIR, and --public with it")
     if export is not None and not (rollback or history):
@@ -475,10 +491,15 @@ def promote(
         _roll_back(run)
         return
     if history:
-        _put_history(run)
+        _put_history(run, as_json=as_json)
+        return
+    assert iteration is not None, "checked above"
+    if again:
+        _promote_again(run, iteration)
         return
     from spin_cli.steps import Step
-    from stages.decisions import read_decision
+    from stages.artifacts import read_pointer
+    from stages.decisions import is_rolled_back, read_decision
     from stages.errors import GateRefusedError
     from stages.layout import RunLayout
     from stages.run_record import read_recipe
@@ -490,40 +511,63 @@ def promote(
         if config
         else recorded.with_overrides(overrides or [])
     )
-    assert iteration is not None, "checked above"
     out = layout.stage(iteration, "promote")
     _execute(Step("promote", out, iteration), recipe, no_verify)
     decision = read_decision(out)
     reasons = "; ".join(decision.reasons)
     if not decision.promoted:
         raise GateRefusedError(f"{run}: iteration {iteration} is not promoted: {reasons}")
+    pointer = read_pointer(layout.champion)
+    if pointer is not None and is_rolled_back(layout, iteration, pointer):
+        raise GateRefusedError(
+            f"{run}: iteration {iteration} was promoted, and rolled back since: the champion is "
+            f"{pointer.path}; to undo that: spin promote {run} --iteration {iteration} --again"
+        )
     say(f"{run}: iteration {iteration} is promoted: {reasons}")
 
 
 def _roll_back(run: Path) -> None:
-    from stages.layout import RunLayout
     from stages.promote import rollback
 
-    left, now = rollback(RunLayout(run))
+    left, now = rollback(_checked_run(run))
     say(f"{run}: champion was {left}, is {now.path} again")
     _put_history(run)
 
 
-def _put_history(run: Path) -> None:
-    from stages.artifacts import read_pointer
+def _promote_again(run: Path, iteration: int) -> None:
+    from stages.promote import promote_again
+
+    left, now = promote_again(_checked_run(run), iteration)
+    say(f"{run}: champion was {left}, is {now.path} again")
+    _put_history(run)
+
+
+def _checked_run(run: Path) -> "RunLayout":
+    """Return where things are in a run whose record is sound, before anything of it is moved."""
     from stages.layout import RunLayout
     from stages.run_record import read_recipe
 
     layout = RunLayout(run)
-    read_recipe(layout)  # refuses what is no run
-    pointer = read_pointer(layout.champion)
+    read_recipe(layout)
+    return layout
+
+
+def _put_history(run: Path, *, as_json: bool = False) -> None:
+    from stages.artifacts import read_pointer
+
+    pointer = read_pointer(_checked_run(run).champion)
+    history = pointer.history if pointer else []
+    if as_json:
+        entries = [entry.model_dump(mode="json") for entry in history]
+        put_json({"champion": pointer.path if pointer else None, "history": entries})
+        return
     if pointer is None:
         say(f"{run}: no champion yet")
-        return
-    for number, entry in enumerate(pointer.history):
+    for number, entry in enumerate(history):
+        mark = "*" if number == len(history) - 1 else " "  # the history ends at the champion
         when = f"  {entry.at}" if entry.at else ""
         reason = " ".join(entry.reason.split())
-        put(f"{number}  {entry.path}  {entry.key[:12]}{when}  {reason}")
+        put(f"{mark} {number}  {entry.path}  {entry.key[:12]}{when}  {reason}")
 
 
 @app.command(

@@ -109,6 +109,11 @@ class Opened:
         """The run's own evaluation of the player."""
         return self.player[None]
 
+    @property
+    def champion_name(self) -> str:
+        """What the champion is called: `start` where that stands for it."""
+        return _named("champion", {None: self.champion}) if self.champion else "champion"
+
     def refs(self, root: Path) -> dict[str, InputRef]:
         """Return them as the inputs of a decision."""
         refs = {"evaluation": self.evaluation.input_ref(root)}

@@ -22,11 +22,17 @@ from stages.artifacts import (
 from stages.artifacts.files import inner_path
 from stages.artifacts.json_file import read_object, write_object
 from stages.artifacts.manifest import MANIFEST_NAME
-from stages.artifacts.pointer import Pointer, PointerEntry, move_pointer, read_pointer, roll_back
+from stages.artifacts.pointer import (
+    Pointer,
+    PointerEntry,
+    move_again,
+    move_pointer,
+    roll_back,
+)
 from stages.config import OF_COMPARISON, PromoteConfig, RunConfig
 from stages.data.paired import compare
 from stages.decisions import DECISION, METRICS, Decision, read_decision
-from stages.errors import ConfigError, InputError, choices
+from stages.errors import ConfigError, GateRefusedError, InputError, choices
 from stages.evidence import (
     Opened,
     PromoteInputs,
@@ -50,7 +56,7 @@ from stages.gates import (
 )
 from stages.layout import RunLayout
 
-__all__ = ["PromoteInputs", "decide", "rollback", "run"]
+__all__ = ["PromoteInputs", "decide", "promote_again", "rollback", "run"]
 
 log = logging.getLogger("spin")
 
@@ -124,6 +130,7 @@ def _decide(
         where,
         alarms,
         judge(gate.gate, opened.evidence(alarms)) if gate.gate is not None else None,
+        opened.champion_name,
     )
     return replace(decision, gain=_gain(gate.metric, opened))
 
@@ -151,6 +158,7 @@ def decide(
     where: str,
     alarms: Sequence[FiredAlarm] = (),
     verdict: Verdict | None = None,
+    rival: str = "champion",
 ) -> Decision:
     """Return what a gate says to a player's metrics, and to the alarms that fired.
 
@@ -160,13 +168,14 @@ def decide(
         alarms: one whose action is refuse refuses, whatever the metric says; stop, too: the stage
             was finished under another setting.
         verdict: on `gate.gate`.
+        rival: what the champion is called: `start` where that stands for it.
 
     Raises:
         ConfigError: the player has no such metric, or it is no number.
     """
     value = _metric(gate.metric, metrics, where)
     champion_value = number((champion_metrics or {}).get(gate.metric))
-    conditions = list(_of_the_metric(gate, value, champion_value))
+    conditions = list(_of_the_metric(gate, value, champion_value, rival))
     if verdict is not None:
         conditions.append(verdict)
     whole = both([alarms_clear(alarms, any_counts=False), *conditions])
@@ -190,7 +199,7 @@ def decide(
 
 
 def _of_the_metric(
-    gate: PromoteConfig, value: float | None, champion_value: float | None
+    gate: PromoteConfig, value: float | None, champion_value: float | None, rival: str
 ) -> Iterator[Verdict]:
     """Yield the conditions on a gate's own metric, as far as there are any."""
     text = f"{gate.metric} is {shown(value)}"
@@ -203,11 +212,11 @@ def _of_the_metric(
         figures: Figures = {"metric": gate.metric, "value": value, "min_value": gate.min_value}
         yield Verdict("min_value", passed, text, figures)
     if gate.min_gain is not None:
-        yield _reaches_gain(gate.metric, gate.min_gain, value, champion_value)
+        yield _reaches_gain(gate.metric, gate.min_gain, value, champion_value, rival)
 
 
 def _reaches_gain(
-    metric: str, min_gain: float, value: float, champion_value: float | None
+    metric: str, min_gain: float, value: float, champion_value: float | None, rival: str
 ) -> Verdict:
     figures: Figures = {"metric": metric, "value": value, "rival_value": champion_value}
     figures |= {"min_gain": min_gain, "gain": None}
@@ -216,7 +225,7 @@ def _reaches_gain(
         return Verdict("min_gain", True, text, figures)
     gain = value - champion_value
     passed = gain >= min_gain - ROUNDING
-    what = f"the gain of {gain:g} on the champion's {champion_value:g}"
+    what = f"the gain of {gain:g} on the {rival}'s {champion_value:g}"
     text = f"{what} {reaches(passed)} min_gain {min_gain:g}"
     return Verdict("min_gain", passed, text, figures | {"gain": gain})
 
@@ -225,12 +234,38 @@ def rollback(layout: RunLayout) -> tuple[str, Pointer]:
     """Point back to the previous champion; return the path left and where the pointer is now.
 
     Raises:
-        InputError: there is no previous champion.
+        InputError: there is no previous champion, or it is gone.
+        CorruptError: it is damaged, or was made anew.
     """
-    before = read_pointer(layout.champion)
     now = roll_back(layout.champion)
-    assert before is not None, "a roll-back needs a pointer"
-    return before.path, now
+    return now.history[-2].path, now
+
+
+def promote_again(layout: RunLayout, iteration: int) -> tuple[str, Pointer]:
+    """Undo a roll-back: point again to a player that was promoted, and rolled back since.
+
+    Nothing is decided: its decision stands.
+
+    Returns:
+        The path left, and where the pointer is now.
+
+    Raises:
+        GateRefusedError: the gate refused the player.
+        ConfigError: it is champion, or was never rolled back.
+        InputError: it is not decided yet, or is gone.
+        CorruptError: it is damaged, or was made anew.
+    """
+    out = layout.stage(iteration, "promote")
+    again = f"spin promote {layout.root} --iteration {iteration}"
+    if not (out / MANIFEST_NAME).is_file():
+        raise InputError(f"{layout.root}: iteration {iteration} is not decided yet; run: {again}")
+    decision = read_decision(out)
+    if not decision.promoted:
+        raise GateRefusedError(
+            f"{layout.root}: iteration {iteration} is not promoted: {'; '.join(decision.reasons)}"
+        )
+    now = move_again(layout.champion, read_manifest(out).key)
+    return now.history[-2].path, now
 
 
 def _player(evaluation: Artifact, root: Path) -> InputRef:

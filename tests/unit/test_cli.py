@@ -252,7 +252,7 @@ class TestUsersMistakes:
             (["verify", "none"], 3, "none does not exist"),
             (["verify", "."], 3, "neither an artifact nor a run"),
             (["promote", "none", "--iteration", "0"], 3, "none does not exist"),
-            (["promote", "none", "--rollback"], 3, "nothing was promoted"),
+            (["promote", "none", "--rollback"], 3, "none does not exist"),
             (["run", "none", "--run", "r"], 2, "'none' is neither a file nor a shipped recipe"),
             (["run", "none.yaml", "--run", "r"], 2, "none.yaml does not exist"),
             (["prepare", "--out", "d", "prepare.sorce=x"], 2, "did you mean prepare.source?"),

@@ -1,5 +1,6 @@
 """The gate, the pointer that follows it, and who plays whom after a refusal."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -7,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from spin_cli.app import app
 from stages import promote
 from stages.alarms import FiredAlarm
 from stages.artifacts import (
@@ -24,7 +27,7 @@ from stages.artifacts.manifest import InputRef
 from stages.artifacts.pointer import read_pointer
 from stages.config import PromoteConfig
 from stages.data.measures import Measure, write_measures
-from stages.decisions import opponent_of, read_decision
+from stages.decisions import is_rolled_back, opponent_of, outcome, read_decision
 from stages.errors import ConfigError, CorruptError, GateRefusedError, InputError
 from stages.evidence import find_evidence, recorded_evidence
 from stages.layout import RunLayout
@@ -361,6 +364,121 @@ def test_a_roll_back_is_not_undone_by_deciding_again(tmp_path: Path) -> None:
     decide(layout, recipe, 0)
     decide(layout, recipe, 1)
     assert champion(layout) == "iterations/000/train"
+
+
+def spin(*words: object, expect: int) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words], prog_name="spin")
+    assert result.exit_code == expect, f"{words}: {result.output}"
+    return result
+
+
+class TestTheCommandAfterARollBack:
+    """What cron repeats moves nothing and says so; people undo a roll-back by a word of its own."""
+
+    def test_promoting_again_is_6_and_names_the_way_forward(self, tmp_path: Path) -> None:
+        layout, _ = decided_run(tmp_path, 0.7, 0.8)
+        words = ["promote", layout.root, "--iteration", 1]
+        spin(*words, expect=0)
+        spin("promote", layout.root, "--rollback", expect=0)
+        before = layout.champion.read_bytes()
+        for _ in range(2):
+            (line,) = spin(*words, expect=6).stderr.splitlines()[-1:]
+            assert line.endswith(
+                "iteration 1 was promoted, and rolled back since: the champion is "
+                f"iterations/000/train; to undo that: spin promote {layout.root} --iteration 1 "
+                "--again"
+            )
+            shutil.rmtree(layout.stage(1, "promote"))  # decided anew, it is the same decision
+        assert layout.champion.read_bytes() == before
+        spin("promote", layout.root, "--iteration", 0, expect=0)
+
+    def test_again_undoes_it_as_if_it_had_not_been(self, tmp_path: Path) -> None:
+        layout, recipe = decided_run(tmp_path, 0.7, 0.8)
+        words = ["promote", layout.root, "--iteration", 1]
+        spin("promote", layout.root, "--rollback", expect=0)
+        assert is_rolled_back(layout, 1, read_pointer(layout.champion))
+        said = spin(*words, "--again", expect=0)
+        assert "champion was iterations/000/train, is iterations/001/train again" in said.stderr
+        assert "promoted again: " in said.stdout.splitlines()[-1]
+        pointer = read_pointer(layout.champion)
+        assert not is_rolled_back(layout, 1, pointer)
+        assert [outcome(layout, t, promoted=True, pointer=pointer) for t in range(2)] == [
+            "promoted", "champion",
+        ]  # fmt: skip
+        assert opponent_of(layout, recipe, 2).model == str(layout.stage(1, "train"))
+        spin(*words, expect=0)
+        _, now = promote.rollback(layout)
+        assert now.path == "iterations/000/train"
+        spin(*words, expect=6)
+
+    def test_who_needs_no_again_is_told_so(self, tmp_path: Path) -> None:
+        layout, _ = decided_run(tmp_path, 0.7, 0.8, 0.1)
+        play(layout, 3, 0.9)
+        before = layout.champion.read_bytes()
+        for iteration, code, message in (
+            (0, 2, "went on from iterations/000/train to iterations/001/train, and was never"),
+            (1, 2, "points to iterations/001/train already; there is nothing to do"),
+            (2, 6, "iteration 2 is not promoted: the gain of -0.7 on the champion's 0.8"),
+            (3, 3, f"iteration 3 is not decided yet; run: spin promote {layout.root} --iter"),
+        ):
+            words = ["promote", layout.root, "--iteration", iteration, "--again"]
+            assert message in spin(*words, expect=code).stderr
+        assert layout.champion.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "words",
+        [["--again"], ["--rollback", "--again"], ["--iteration", "0", "--json"],
+         ["--iteration", "0", "--again", "--export", "out"]],
+    )  # fmt: skip
+    def test_flags_that_do_not_go_together(self, words: list[str]) -> None:
+        assert "goes with --" in spin("promote", "run", *words, expect=2).stderr
+
+    @pytest.mark.parametrize("way", [["--rollback"], ["--iteration", "1", "--again"]])
+    def test_a_run_that_is_damaged_is_left_as_it_is(self, tmp_path: Path, way: list[str]) -> None:
+        layout, _ = decided_run(tmp_path, 0.7, 0.8)
+        if "--again" in way:
+            promote.rollback(layout)
+        before = layout.champion.read_bytes()
+        layout.record.write_text("{")
+        assert "run.json is damaged" in spin("promote", layout.root, *way, expect=4).stderr
+        assert layout.champion.read_bytes() == before
+
+    @pytest.mark.parametrize("way", [["--rollback"], ["--iteration", "1", "--again"]])
+    def test_a_broken_player_is_not_gone_back_to(self, tmp_path: Path, way: list[str]) -> None:
+        layout, _ = decided_run(tmp_path, 0.7, 0.8)
+        if "--again" in way:
+            promote.rollback(layout)
+        target = layout.stage(0 if "--rollback" in way else 1, "train")
+        (target / "config.json").unlink()
+        before = layout.champion.read_bytes()
+        said = spin("promote", layout.root, *way, expect=4)
+        assert f"{target}/config.json is missing; delete {target}" in said.stderr
+        assert said.stdout == ""
+        assert layout.champion.read_bytes() == before
+
+    def test_the_history_marks_the_champion_and_comes_as_json(self, tmp_path: Path) -> None:
+        layout, _ = new_run(tmp_path)
+        words = ["promote", layout.root, "--history"]
+        empty = spin(*words, "--json", expect=0).stdout
+        assert json.loads(empty) == {"champion": None, "history": []}
+        assert "no champion yet" in spin(*words, expect=0).stderr
+        layout, _ = decided_run(tmp_path / "other", 0.7, 0.8)
+        promote.rollback(layout)
+        words = ["promote", layout.root, "--history"]
+        lines = spin(*words, expect=0).stdout.splitlines()
+        assert [line[:4] for line in lines] == ["  0 ", "  1 ", "* 2 "]
+        found = json.loads(spin(*words, "--json", expect=0).stdout)
+        pointer = read_pointer(layout.champion)
+        assert pointer is not None
+        assert found["champion"] == "iterations/000/train"
+        assert found["history"] == [entry.model_dump() for entry in pointer.history]
+
+
+def test_the_start_is_called_the_start_in_reasons(tmp_path: Path) -> None:
+    layout, _ = decided_run(tmp_path, 0.7, 0.71)
+    first, second = ("; ".join(read_decision(layout.stage(t, "promote")).reasons) for t in (0, 1))
+    assert "on the start's 0.6 reaches min_gain" in first
+    assert "on the champion's 0.7 is below min_gain" in second
 
 
 def test_the_one_after_a_roll_back_has_to_beat_the_champion_of_then(tmp_path: Path) -> None:
