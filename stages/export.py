@@ -352,17 +352,19 @@ def _verdict(layout: RunLayout, iteration: int, pointer: Pointer | None) -> tupl
         return "not decided", []
     decision = read_decision(out)
     verdict = outcome(layout, iteration, promoted=decision.promoted, pointer=pointer)
-    return verdict, [*decision.reasons, *_gain(decision.gain)]
+    return verdict, [*decision.reasons, *_gain(layout, decision.gain)]
 
 
-def _gain(gain: Mapping[str, Any] | None) -> list[str]:
-    """Return in words what a decision says of the player against the champion before it."""
+def _gain(layout: RunLayout, gain: Mapping[str, Any] | None) -> list[str]:
+    """Return in words what a decision says of the player against whom it had to beat."""
     numbers = [(gain or {}).get(name) for name in ("gain", "low", "high")]
     if gain is None or not all(isinstance(number, int | float) for number in numbers):
         return []
     value, low, high = numbers
+    is_start = gain.get("rival") == layout.relative(layout.start_evaluation)
+    rival = "start" if is_start else "champion before"
     return [
-        f"{gain.get('metric')} against the champion before, on the same examples: {value:+.4g} "
+        f"{gain.get('metric')} against the {rival}, on the same examples: {value:+.4g} "
         f"[{low:+.3g}, {high:+.3g}]"
     ]
 

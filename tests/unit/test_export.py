@@ -360,6 +360,27 @@ class TestTheCard:
         spin("promote", layout.root, "--iteration", "1", "--export", out)
         assert "train.beta: 1.3\n" in card_of(out)[1]
 
+    def test_the_start_is_not_called_a_champion(self, tmp_path: Path, tiny_model_dir: Path) -> None:
+        layout, out = new_run(tmp_path, tiny_model_dir), tmp_path / "out"
+        for iteration, rival in enumerate(("start/evaluate", "iterations/000/evaluate")):
+            place = layout.stage(iteration, "promote")
+            shutil.rmtree(place)
+            gain = {"metric": METRIC, "gain": 0.2, "low": 0.1, "high": 0.3, "rival": rival}
+            found = {"promoted": False, "value": 0.7, "reasons": ["r"], "gain": gain}
+            make(place, "promote", {"decision.json": DECISION | found})
+        spin("promote", layout.root, "--iteration", "1", "--export", out)
+        first, second = re.findall("against the (.*?), on the same examples", card_of(out)[1])
+        assert (first, second) == ("start", "champion before")
+
+    def test_overlapping_intervals_are_not_said_to_decide(
+        self, tmp_path: Path, tiny_model_dir: Path
+    ) -> None:
+        layout, out = new_run(tmp_path, tiny_model_dir), tmp_path / "out"
+        spin("promote", layout.root, "--export", out)
+        limits = card_of(out)[1].partition("## Limits")[2]
+        assert "overlap do not mean that the models cannot be told apart" in limits
+        assert "is no gain" not in limits
+
     def test_a_player_that_was_taken_back_is_rolled_back(
         self, tmp_path: Path, tiny_model_dir: Path
     ) -> None:
