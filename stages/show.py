@@ -26,6 +26,7 @@ from stages.artifacts.pointer import read_pointer
 from stages.artifacts.tables import Row
 from stages.data.aligned import SortedTable, aligned
 from stages.data.rows import PROMPTS
+from stages.decisions import is_rolled_back
 from stages.errors import ConfigError, CorruptError, InputError, SpinError
 from stages.layout import RunLayout
 from stages.subjects import START, Subject, find_subject
@@ -154,7 +155,7 @@ def _artifacts(subject: Subject) -> list[dict[str, Any]]:
         try:
             artifact, damage = open_shown(path)
             at = artifact.manifest.cost.started_at
-            about |= _listed(artifact, damage)
+            about |= _listed(artifact, damage, layout)
         except SpinError as error:
             damage = [str(error)]
         if damage:
@@ -164,7 +165,7 @@ def _artifacts(subject: Subject) -> list[dict[str, Any]]:
     return [about for _, about in sorted(found, key=lambda each: each[0])]
 
 
-def _listed(artifact: Artifact, damage: list[str]) -> dict[str, Any]:
+def _listed(artifact: Artifact, damage: list[str], layout: RunLayout) -> dict[str, Any]:
     """Return what is said of an artifact among others."""
     manifest = artifact.manifest
     decision = _object(artifact, "decision.json", damage) if not damage else None
@@ -172,12 +173,24 @@ def _listed(artifact: Artifact, damage: list[str]) -> dict[str, Any]:
     if decision is not None:
         reasons = "; ".join(map(str, decision.get("reasons") or []))
         words = "promoted" if decision.get("promoted") else f"refused: {reasons}"
+        if decision.get("promoted") and _is_rolled_back(artifact.path, layout):
+            words = "promoted, and rolled back since"
     return {
         "stage": manifest.stage,
         "name": _suite_name(manifest),
         "seconds": manifest.cost.wall_s,
         "decision": words,
     }
+
+
+def _is_rolled_back(decision: Path, layout: RunLayout) -> bool:
+    """Tell whether the pointer was taken back from the player of a decision."""
+    iteration = layout.iteration_of(layout.relative(decision))
+    try:
+        pointer = read_pointer(layout.champion)
+    except SpinError:  # told of the run itself, as its `champion_problem`
+        return False
+    return iteration is not None and is_rolled_back(layout, iteration, pointer)
 
 
 def _suite_name(manifest: Manifest) -> Any:

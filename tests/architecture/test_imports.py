@@ -56,7 +56,7 @@ ALLOWED = {
     "convergence": BASE | {"decisions", "layout", "recipe"},
     "status": BASE | OF_A_RUN | {"convergence", "data", "ending"},
     "verify": BASE | OF_A_RUN,
-    "show": BASE | {"data", "layout", "subjects"},
+    "show": BASE | {"data", "decisions", "layout", "subjects"},
     "subjects": BASE | {"layout"},
     "lineage": BASE | {"subjects"},
     "difference": BASE | OF_A_RUN | {"lineage", "subjects"},

@@ -25,6 +25,7 @@ from stages.artifacts import (
     move_pointer,
     open_artifact,
     produce,
+    roll_back,
 )
 from stages.artifacts.json_file import write_object
 from stages.artifacts.manifest import Artifact, read_manifest
@@ -34,6 +35,7 @@ from stages.layout import RunLayout
 from stages.recipe import load_recipe
 from stages.run_record import start_or_resume
 from stages.show import Query, read_shown
+from tests.made_runs import write_run
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (
@@ -404,6 +406,16 @@ class TestPlaces:
         text = spin("show", run.root).stdout
         assert "champion: iterations/000/train (it is better)\n" in text
         assert json.loads(spin("show", run.root, "--json").stdout)["champion"] == path
+
+    def test_a_decision_that_was_rolled_back_says_so(self, tmp_path: Path) -> None:
+        made = write_run(tmp_path / "made", 2)
+        words = ("show", f"{made.root}:1")
+        assert spin(*words).stdout.count("promoted") == 1
+        roll_back(made.champion)
+        assert "promoted, and rolled back since" in spin(*words).stdout
+        assert "rolled back" not in spin("show", f"{made.root}:0").stdout
+        made.champion.write_text("{}")
+        assert "rolled back" not in spin(*words).stdout, "nobody knows"
 
     def test_hints_keep_what_was_typed(
         self, run: RunLayout, monkeypatch: pytest.MonkeyPatch
