@@ -53,6 +53,8 @@ class DecisionRow:
     metric: str
     value: str
     champion_value: str
+    rival: str
+    """Whose value that is: champion, or start where that stood for it."""
     reasons: tuple[str, ...]
     gain: Verdict | None
     tree: Verdict | None
@@ -155,12 +157,21 @@ def _decisions(view: RunView) -> list[DecisionRow]:
                 metric,
                 _value(view.units, metric, decision.get("value")),
                 _value(view.units, metric, decision.get("champion_value")),
+                _rival(view, each),
                 tuple(str(reason) for reason in decision.get("reasons") or ()),
                 verdict({"kind": "gain", "figures": gain}, view.units),
                 verdict(decision.get("verdict"), view.units),
             )
         )
     return rows
+
+
+def _rival(view: RunView, iteration: IterationView) -> str:
+    """Return whom a player had to beat: the start, while there was no champion."""
+    manifest = iteration.manifest("promote")
+    ref = manifest.inputs.get("champion_evaluation") if manifest else None
+    start = view.layout.relative(view.layout.start_evaluation)
+    return "start" if ref is not None and ref.path == start else "champion"
 
 
 def _value(units: numbers.Units, metric: str, value: Any) -> str:

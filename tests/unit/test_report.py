@@ -559,6 +559,22 @@ def test_alarms_of_an_iteration_that_is_not_decided_are_told(tmp_path: Path) -> 
     assert {rule.name for rule in RULES} >= {"generated_cut_off"}
 
 
+def test_the_start_is_not_called_a_champion(run: RunLayout) -> None:
+    for iteration, rival in ((0, run.start_evaluation), (2, run.stage(0, "evaluate"))):
+        place = run.stage(iteration, "promote")
+        decision = json.loads((place / "decision.json").read_bytes())
+        decision["gain"] = {"metric": "sampled_accuracy", "gain": 0.1, "low": 0.0, "high": 0.2}
+        shutil.rmtree(place)
+        refs = {"champion_evaluation": made_runs.ref(run, rival)}
+        made_runs.make(run, iteration, "promote", refs, files={"decision.json": decision})
+    said = re.findall(r"the \w+'s 25\.0%|Against the \w+, example", report(run).text())
+    assert said == [
+        "the champion's 25.0%", "Against the champion, example",  # of the last iteration
+        "the champion's 25.0%",
+        "the start's 25.0%", "Against the start, example",
+    ]  # fmt: skip
+
+
 def test_the_gates_verdict_is_shown_as_a_tree(run: RunLayout) -> None:
     figures = {
         "metric": "sampled_accuracy", "rival": "start/evaluate", "value": 0.4, "rival_value": 0.25,
