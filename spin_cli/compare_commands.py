@@ -8,7 +8,6 @@ import typer
 
 from spin_cli.options import Json, NoVerify, Quiet, Verbose, example
 from spin_cli.screen import (
-    counted,
     fill,
     put,
     put_json,
@@ -17,7 +16,6 @@ from spin_cli.screen import (
     set_up_messages,
     terminal_width,
 )
-from stages.headlines import longer_side
 
 if TYPE_CHECKING:
     from stages.compare import Comparison, Difference, SuiteTable, Value
@@ -118,7 +116,7 @@ def _put_values(table: "SuiteTable", found: "Comparison", every: bool) -> None:
         for metric, values in table.values.items()
         if every or any(value is not None and value.low is not None for value in values)
     }
-    name = max(len("metric"), *map(len, cells))
+    name = max(map(len, ("metric", *cells)))
     widths = [max((len(row[k]) for row in cells.values()), default=1) for k in range(len(having))]
     caption = f"{table.suite}: values, ± the longer side of their 95% intervals"
     for block in _blocks(widths, _width() - name):
@@ -172,7 +170,7 @@ def _summary(table: "SuiteTable") -> Iterator[str]:
             if names:
                 words.append(f"{verdict} {', '.join(names)}")
         rest = sum(one.verdict in ("open", "same") for one in own)
-        words.append(f"{rest} of {counted(len(own), 'metric', 'metrics')} show no difference")
+        words.append(f"no difference in {rest} of {len(own)}")
         yield f"{table.suite}: {letter(model)} against {letter(own[0].base)}: {'; '.join(words)}"
     rivals = sorted({one["metric"] for one in table.unpaired})
     if rivals:
@@ -182,6 +180,8 @@ def _summary(table: "SuiteTable") -> Iterator[str]:
 
 def _row(values: "Sequence[Value | None]") -> list[str]:
     """Return a metric of all models with one number of decimals: what its intervals need."""
+    from stages.headlines import longer_side
+
     halves = [longer_side(v.value, v.low, v.high) for v in values if v and v.value is not None]
     told = [v.value for v in values if v and v.value is not None]
     decimals = _decimals([half for half in halves if half], told)
@@ -191,6 +191,8 @@ def _row(values: "Sequence[Value | None]") -> list[str]:
 def _value(value: "Value | None", decimals: int | None) -> str:
     if value is None or value.value is None:
         return MISSING
+    from stages.headlines import longer_side
+
     half = longer_side(value.value, value.low, value.high)
     text = _number(value.value, decimals)
     return text if half is None else f"{text} ±{_number(half, decimals)}"
@@ -204,7 +206,7 @@ def _decimals(halves: Sequence[float], values: Sequence[float]) -> int | None:
     digits = 2 if halves else 4
     sizes = [abs(each) for each in (halves or values) if each]
     largest = max(map(abs, values), default=0.0)
-    if largest >= _LARGE or (sizes and max(*sizes, largest) < _TINY):
+    if largest >= _LARGE or (sizes and max([*sizes, largest]) < _TINY):
         return None
     wanted = digits - 1 - math.floor(math.log10(min(sizes))) if sizes else 3
     # An interval that is all but a point would ask for any number of them.

@@ -20,10 +20,10 @@ from stages.data.alike import OF_BETA, draws, share_beta, way
 from stages.data.measures import INTERVALS_FILE, METRICS_FILE, Column, read_measures
 from stages.data.paired import Paired
 from stages.data.paired import compare as compare_columns
-from stages.errors import ConfigError, InputError
-from stages.headlines import rival_of
+from stages.errors import ConfigError, InputError, choices
+from stages.headlines import rival_input, rival_of
 from stages.layout import RunLayout
-from stages.lineage import flat
+from stages.lineage import KEY_CHARS, flat
 from stages.subjects import START, find_subject
 
 EVALUATION = MAIN_EVALUATION
@@ -151,6 +151,10 @@ class Comparison:
         }
 
 
+class _UnlikeError(InputError):
+    """Two models were evaluated in different ways by a suite."""
+
+
 def compare(
     names: Sequence[str],
     suites: Sequence[str] = (),
@@ -168,40 +172,66 @@ def compare(
     Raises:
         InputError: a name stands for nothing, no suite is common to two models, or they were
             evaluated in different ways.
+        ConfigError: one model alone is named, one of them twice, or a suite that none of them has.
         CorruptError: an evaluation is damaged.
     """
-    models = models_of(names)
-    found = [name for model in models for name in model.evaluations]
-    common = [name for name in dict.fromkeys(found) if found.count(name) > 1]
-    unknown = [name for name in suites if name not in common]
-    if unknown or not common:
-        having = "; ".join(f"{m.name}: {', '.join(m.evaluations) or 'none'}" for m in models)
-        what = f"--suite {unknown[0]} is not" if unknown else "no evaluation is"
-        raise InputError(f"{what} common to two of them ({having})")
-    warnings: list[str] = []
-    tables = [
-        _table(name, models, warnings, mixed=mixed, verify=verify)
-        for name in common
-        if not suites or name in suites
-    ]
+    models, warnings = models_of(names)
+    tables, unlike = [], {}
+    for name in _common(models, suites):
+        try:
+            tables.append(_table(name, models, warnings, mixed=mixed, verify=verify))
+        except _UnlikeError as error:
+            unlike[name] = str(error)
+    if unlike:
+        rest = " ".join(f"--suite {table.suite}" for table in tables)
+        others = f", or compare by what is alike: {rest}" if rest else ""
+        raise InputError(
+            f"{next(iter(unlike.values()))}; evaluate them alike, or add --mixed to compare all "
+            f"the same{others}"
+        )
     for text in warnings:
         _log.warning("%s", text)
     return Comparison(models, tables, warnings)
 
 
-def models_of(names: Sequence[str]) -> list[Model]:
-    """Return the models that names stand for.
+def _common(models: Sequence[Model], suites: Sequence[str]) -> list[str]:
+    """Return the evaluations that two models have; of `suites` alone, where there are any.
+
+    Raises:
+        ConfigError: none of them has one that is asked for.
+        InputError: one of them alone has it, or they have nothing in common.
+    """
+    found = [name for model in models for name in model.evaluations]
+    for name in suites:
+        if name not in found:
+            raise ConfigError(f"--suite {name}: {choices(name, set(found), 'they have')}")
+    common = [name for name in dict.fromkeys(found) if found.count(name) > 1]
+    unknown = [name for name in suites if name not in common]
+    if unknown or not common:
+        having = "; ".join(f"{m.name}: {', '.join(m.evaluations) or 'none'}" for m in models)
+        what = f"--suite {unknown[0]} is not" if unknown else "no evaluation is"
+        raise InputError(
+            f"{what} common to two of them ({having}); evaluate what is missing: spin evaluate"
+        )
+    return [name for name in common if not suites or name in suites]
+
+
+def models_of(names: Sequence[str]) -> tuple[list[Model], list[str]]:
+    """Return the models that names stand for, and a warning for each that is left out.
 
     An evaluation stands for itself; a player, RUN:N, or the folder of an iteration, for that
     iteration's evaluations; RUN:start for the first opponent's; a run for its champion's, or where
     it is the only name for those of the start and all iterations.
 
     Raises:
-        InputError: a name stands for no evaluation, or there is one model only.
-        ConfigError: two names stand for one model.
+        InputError: a name stands for no evaluation, or a run has one model only.
+        ConfigError: one model alone is named, or two names stand for one.
         CorruptError: a pointer or manifest is damaged.
     """
-    models = _whole_run(names[0]) if len(names) == 1 else [_model(name) for name in names]
+    if len(names) == 1:
+        models, warnings = _whole_run(names[0])
+    else:
+        models, warnings = [_model(name) for name in names], []
     for model in models:
         if not model.evaluations:
             raise InputError(f"{model.name} has no evaluation; run spin evaluate first")
@@ -212,20 +242,29 @@ def models_of(names: Sequence[str]) -> list[Model]:
             raise ConfigError(
                 f"{models[first].name} and {model.name} are the same model; name others"
             )
-    return models
+    return models, warnings
 
 
-def _whole_run(name: str) -> list[Model]:
+def _whole_run(name: str) -> tuple[list[Model], list[str]]:
+    """Return the evaluated models of a run, and a warning for each other one."""
     subject = find_subject(name)
     if subject.kind != "run" or subject.layout is None:
-        raise InputError(f"{name} is one model; name two or more, or a run for all its iterations")
+        raise ConfigError(f"{name} is one model; name two or more, or a run for all its iterations")
     layout = subject.layout
     numbers = [None, *layout.iterations()]
     models = [_of_iteration(f"{name}:{_numbered(number)}", layout, number) for number in numbers]
     found = [model for model in models if model.evaluations]
     if len(found) < 2:
-        raise InputError(f"{name} has {len(found)} evaluated models; a comparison needs two")
-    return found
+        one = "1 evaluated model" if found else "no evaluated model"
+        raise InputError(f"{name} has {one}; a comparison needs two")
+    pointer = read_pointer(layout.champion)
+    champion = None if pointer is None else layout.iteration_of(pointer.path)
+    return found, [
+        f"{model.name}{', the champion,' if number is not None and number == champion else ''} has "
+        "no evaluation and is left out; spin evaluate makes one"
+        for number, model in zip(numbers, models, strict=True)
+        if not model.evaluations
+    ]
 
 
 def _numbered(iteration: int | None) -> str:
@@ -331,8 +370,34 @@ def _table(
                 unpaired.append({"metric": metric, "model": index, "base": base, "why": why})
         _warn_of_unmatched(suite, names, [d for d in differences if d.model == index], warnings)
     made = {index: one.artifact.manifest for index, one in opened.items()}
-    rivals = [rival_of(made[i]) if i in made else None for i in range(len(models))]
+    told = dict(zip(made, _rivals(list(made.values())), strict=True))
+    rivals = [told.get(index) for index in range(len(models))]
     return SuiteTable(suite, values, differences, unpaired, rivals)
+
+
+def _rivals(made: Sequence[Manifest]) -> list[str | None]:
+    """Return whom each was compared with, so that no two rivals have one name.
+
+    A rival from outside of the run has only the name of its folder: where another evaluation has it
+    inside its run it is called by its place there, and else by its key besides.
+    """
+    refs = [rival_input(each) for each in made]
+    places = {ref.key: ref.path for ref in refs if ref is not None and ref.inside_run}
+    keys: dict[str, set[str]] = {}
+    for ref in refs:
+        if ref is not None:
+            keys.setdefault(places.get(ref.key, ref.path), set()).add(ref.key)
+    found = []
+    for each, ref in zip(made, refs, strict=True):
+        if ref is None:
+            found.append(rival_of(each))
+            continue
+        name = places.get(ref.key, ref.path)
+        is_artifact = ":" not in ref.key  # folder:…, hub:… are of models that people know by name
+        if len(keys[name]) > 1 or (is_artifact and ref.key not in places):
+            name = f"{name} (key {ref.key.rpartition(':')[2][:KEY_CHARS]})"
+        found.append(name)
+    return found
 
 
 def _difference(
@@ -418,13 +483,13 @@ def _check_alike(
     """Check that two models were evaluated in one way.
 
     Raises:
-        InputError: they were not, and `mixed` is off.
+        _UnlikeError: they were not, and `mixed` is off.
     """
     manifests = base.artifact.manifest, other.artifact.manifest
     differing = _differing(*(way(each) for each in manifests))
     what = f"{suite}: {names} were evaluated in different ways ({'; '.join(differing[:6])})"
     if differing and not mixed:
-        raise InputError(f"{what}; evaluate them alike, or add --mixed to compare all the same")
+        raise _UnlikeError(what)
     if differing:
         warnings.append(what)
     drawn = _differing(*(draws(each) for each in manifests))

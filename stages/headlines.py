@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from stages.artifacts.manifest import Manifest
+from stages.artifacts.manifest import InputRef, Manifest
 from stages.config import RunConfig
 
 HEADLINES = {
@@ -63,11 +63,16 @@ def kind_of(config: RunConfig | None, suite: str) -> str | None:
     return found.kind if found else None
 
 
+def rival_input(made: Manifest) -> InputRef | None:
+    """Return the model or evaluation that an evaluation compares its model with, if with any."""
+    return made.inputs.get("against") or made.inputs.get("opponent")
+
+
 def rival_of(made: Manifest) -> str | None:
     """Return whom an evaluation compares the model with, as its manifest names it, if with any."""
-    for name in ("against", "opponent"):
-        if name in made.inputs:
-            return made.inputs[name].path
+    rival = rival_input(made)
+    if rival is not None:
+        return rival.path
     if made.config.get("kind") == "win_rate":
         return "the human answers"
     reference = made.info.get("reference")

@@ -1,7 +1,12 @@
 """Models side by side: who is compared with whom, by what, and what may not be."""
 
+import io
 import json
 import math
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +15,17 @@ import pytest
 from typer.testing import CliRunner
 
 from spin_cli.app import app
+from spin_cli.compare_commands import _change, _number, _row
+from spin_cli.compare_commands import compare as compare_by_hand
 from stages.artifacts import Outcome, Plan, open_artifact, produce
 from stages.artifacts.keys import canonical_json
+from stages.artifacts.manifest import InputRef
 from stages.artifacts.pointer import PointerEntry, move_pointer
 from stages.compare import (
     EVALUATION,
     Comparison,
     Difference,
+    Value,
     compare,
     meaning_of_a_rise,
     verdict,
@@ -134,13 +143,35 @@ def test_whom_models_were_compared_with_stands_above_their_figures(tmp_path: Pat
     one, two, other, humans = (made(*each) for each in (
         ("one", "start"), ("two", "start"), ("other", "elsewhere"), ("humans", None),
     ))  # fmt: skip
-    assert "duel: against start\nduel: values," in spin("compare", one, two)[1]
+    assert "duel: against start (key start)\nduel: values," in spin("compare", one, two)[1]
     told = spin("compare", one, other, humans)[1]
-    assert "duel: A against start\nduel: B against elsewhere\n" in told
+    assert "duel: A against start (key start)\nduel: B against elsewhere (key else" in told
     assert "duel: C against the human answers\nduel: values," in told
     assert compare([str(one), str(other)]).to_json()["suites"]["duel"]["rivals"] == [
-        "start", "elsewhere",
+        "start (key start)", "elsewhere (key elsewhere)",
     ]  # fmt: skip
+
+
+def test_rivals_have_one_name_each_and_one_rival_one_name(tmp_path: Path) -> None:
+    def made(name: str, path: str, key: str, *, inside: bool) -> str:
+        rival = InputRef(path=path, inside_run=inside, key=key, content=key)
+        config = {"suite": "duel", "kind": "win_rate"}
+        return str(make_evaluation(
+            tmp_path / name, name, column("win_rate", RIGHT), stage="suite", config=config,
+            inputs={"against": rival},
+        ))  # fmt: skip
+
+    here = made("here", "start/evaluate", "a" * 64, inside=True)
+    beside = made("beside", "evaluate", "a" * 64, inside=False)
+    elsewhere = made("elsewhere", "evaluate", "b" * 64, inside=False)
+    another = made("another", "start/evaluate", "c" * 64, inside=True)
+    hub = made("hub", "Qwen/Qwen3", f"hub:{'d' * 40}", inside=False)
+    [table] = compare([here, beside, hub]).suites
+    assert list(table.rivals) == ["start/evaluate", "start/evaluate", "Qwen/Qwen3"]
+    [table] = compare([beside, elsewhere]).suites
+    assert list(table.rivals) == [f"evaluate (key {letter * 12})" for letter in "ab"]
+    [table] = compare([here, another]).suites
+    assert list(table.rivals) == [f"start/evaluate (key {letter * 12})" for letter in "ac"]
 
 
 def test_a_model_compared_with_its_copy_is_the_same(tmp_path: Path) -> None:
@@ -374,11 +405,9 @@ def test_examples_of_one_side_only_are_left_out_and_told(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("names", "suites", "text"),
     [
-        (["{run}:0"], [], "is one model; name two or more"),
         (["{run}:0", "{run}:7"], [], "the run has no iteration 7; it has 0, 1"),
         (["{run}:0", "{run}/nowhere"], [], "does not exist"),
-        (["{run}:0", "{run}:1"], ["riddle"], r"--suite riddle is not common .*evaluate, quiz"),
-        (["{run}:start", "{run}:1"], ["quiz"], "--suite quiz is not common"),
+        (["{run}:start", "{run}:1"], ["quiz"], r"--suite quiz is not common .*: spin evaluate$"),
         (
             ["{run}/start/evaluate", "{run}/iterations/000/suite-quiz"],
             [],
@@ -391,6 +420,94 @@ def test_what_cannot_be_compared_is_said(
 ) -> None:
     with pytest.raises(InputError, match=text):
         compare([name.format(run=run.root) for name in names], suites)
+
+
+def test_what_is_wrong_with_the_words_alone_is_usage(run: RunLayout) -> None:
+    with pytest.raises(ConfigError, match="is one model; name two or more"):
+        compare([f"{run.root}:0"])
+    known = r"--suite evalute: did you mean evaluate\? they have evaluate, quiz$"
+    with pytest.raises(ConfigError, match=known):
+        compare([f"{run.root}:0", f"{run.root}:1"], ["evalute"])
+
+
+def test_an_iteration_that_was_not_evaluated_is_left_out_with_a_warning(
+    run: RunLayout, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(run.stage(1, "evaluate"))
+    shutil.rmtree(run.suite(1, "quiz"))
+    found = compare([str(run.root)])
+    assert names_of(found) == [f"{run.root}:start", f"{run.root}:0"]
+    [warning] = found.to_json()["warnings"]
+    assert warning.startswith(f"{run.root}:1, the champion, has no evaluation and is left out")
+    assert warning in caplog.text
+
+
+def test_where_one_suite_is_unlike_the_others_are_named(tmp_path: Path) -> None:
+    runs = []
+    for name, right, seed in (("a", RIGHT, 0), ("b", MORE, 1)):
+        layout = RunLayout(tmp_path / name)
+        layout.root.mkdir()
+        layout.record.write_text("{}")
+        evaluation(layout.stage(0, "evaluate"), name, right)
+        for suite, config in (("quiz", {"seed": seed}), ("duel", {"seed": 0})):
+            evaluation(layout.suite(0, suite), name, right, stage="suite",
+                       config={"suite": suite, **config})  # fmt: skip
+        runs.append(f"{layout.root}/iterations/000")
+    with pytest.raises(InputError, match="--mixed to compare all the same, or compare by") as told:
+        compare(runs)
+    words = str(told.value).partition("alike: ")[2].split()
+    assert words == ["--suite", "evaluate", "--suite", "duel"]
+    assert len(compare(runs, words[1::2]).suites) == 2
+    with pytest.raises(InputError, match="to compare all the same$"):
+        compare(runs, ["quiz"])
+
+
+def test_a_row_has_one_number_of_decimals_enough_for_its_intervals(tmp_path: Path) -> None:
+    fine = {"a": -0.016, "b": -0.0078, "c": -0.00404}
+    places = [
+        make_evaluation(tmp_path / name, name, column("human_logprob_per_token", [
+            value + 0.003 * (i % 3 - 1) * (ord(name) % 5 - 1 + i % 2) for i in range(90)
+        ])) for name, value in fine.items()
+    ]  # fmt: skip
+    lines = [line.split() for line in spin("compare", *places)[1].splitlines()]
+    rows = [words for words in lines if words[:1] == ["human_logprob_per_token"]]
+    assert len(rows) >= 3
+    for row in rows:
+        figures = re.findall(r"\d+\.\d+", " ".join(row))
+        assert len({len(figure.partition(".")[2]) for figure in figures}) == 1
+        assert all(float(figure) for figure in figures)
+    assert float(rows[0][1]) == pytest.approx(-0.016)
+    assert _change(Difference("m", 1, 0, paired(0.01160, 0.01240), 0, "higher"))[1] == (
+        "[+0.01160, +0.01240]"
+    )
+    assert [_number(value, 3) for value in (-0.0001, 0.0, -0.1)] == ["0.000", "0.000", "-0.100"]
+    assert _row([Value(1000.0, None, None, None), None]) == ["1000", "-"]
+    assert _row([Value(3e30, 2e30, 4e30, 9)]) == ["3e+30 ±1e+30"]
+    assert _row([Value(0.5, 0.5, 0.5, 9), Value(0.25, 0.25 - 1e-12, 0.25, 9)])[0].startswith("0.5")
+
+
+@pytest.mark.parametrize("columns", [200, 80, 40, 20])
+def test_names_and_numbers_are_whole_on_any_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    metric = "open_llm_leaderboard_v1.hendrycks_test-high_school_statistics.acc_norm"
+    places = [make_evaluation(tmp_path / name, name, column(metric, values)) for name, values in
+              (("a", RIGHT), ("b", MORE))]  # fmt: skip
+    size, written = os.terminal_size((columns, 24)), io.StringIO()
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: size)
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+    compare_by_hand(list(map(str, places)))
+    text = written.getvalue()
+    assert "…" not in text
+    assert "\x1b" not in text
+    for figure in ("0.700", "±0.096", "0.850", "±0.083", "+0.150", "[+0.093,", "+0.233]"):
+        assert figure in text.split()
+    parts = re.findall(r"[^_.]+[_.]*", metric)
+    assert all(text.count(part) >= 2 for part in parts)
+    if columns in (200, 80):
+        tables = text.partition(": values")[2]
+        assert max(map(len, tables.splitlines())) <= columns
 
 
 def test_an_evaluation_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
@@ -442,7 +559,7 @@ def test_the_tables_fit_80_columns_and_say_what_changed(run: RunLayout) -> None:
     words = [line.split() for line in lines]
     assert ["pass@1", "0.700", "±0.096", "0.850", "±0.083"] in words
     assert ["pass@1", "C", "+0.150", "[+0.093,", "+0.233]", "better"] in words
-    assert "quiz: C against B: better pass@1; 0 of 1 metrics show no difference" in out
+    assert "quiz: C against B: better pass@1; no difference in 0 of 1" in out
     _, out = spin("compare", f"{run.root}:0", f"{run.root}:1", "--suite", "evaluate")
     assert "evaluate: not compared, since each was compared with another model:" in out
 
