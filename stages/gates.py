@@ -24,6 +24,7 @@ from stages.config import (
 )
 from stages.data.measures import Column
 from stages.data.paired import Paired, compare, lower_bound
+from stages.data.wording import amount_told, gain_told, in_points, name_of_test, p_told, unit_told
 from stages.errors import ConfigError, InputError, choices
 
 Figures = dict[str, float | int | str | bool | None]
@@ -269,7 +270,7 @@ def _better(condition: BetterConfig, evidence: Evidence) -> Verdict:
     if found is None:
         return Verdict("better", False, compared.problem, compared.figures)
     passed = _is_sure(found, condition.confidence)
-    by = f" by more than {_amount(condition.by, found)}" if condition.by else ""
+    by = f" by more than {amount_told(condition.by, found.method)}" if condition.by else ""
     how = "is better" if passed else "is not shown to be better"
     text = f"{condition.metric} {how} than the {compared.rival}'s{by}"
     return Verdict("better", passed, f"{text}: {_tell(found, condition)}", compared.figures)
@@ -281,7 +282,8 @@ def _not_worse(condition: NotWorseConfig, evidence: Evidence) -> Verdict:
     if found is None:
         return Verdict("not_worse", False, compared.problem, compared.figures)
     passed = _is_sure(found, condition.confidence)
-    how, margin = "is not" if passed else "may be", _amount(condition.margin, found)
+    how = "is not" if passed else "may be"
+    margin = amount_told(condition.margin, found.method)
     text = f"{condition.metric} {how} worse than the {compared.rival}'s by {margin} or more"
     return Verdict("not_worse", passed, f"{text}: {_tell(found, condition)}", compared.figures)
 
@@ -431,23 +433,22 @@ def _percent(share: float) -> str:
 
 def _tell(found: Paired, condition: BetterConfig | NotWorseConfig) -> str:
     """Return the figures of a comparison in words."""
-    test = {"bootstrap": "bootstrap", "mcnemar": "score test" if found.above else "McNemar"}
-    points = " points" if found.method == "mcnemar" else ""
-    gain = _signed(found.gain, found)
-    low = "unknown, for so few examples agree" if found.low is None else _signed(found.low, found)
+    gain = gain_told(found.gain, found.method) + unit_told(found.method)
+    low = "unknown, for so few examples agree"
+    if found.low is not None:
+        low = gain_told(found.low, found.method)
     missing = f", {found.unmatched:,} in only one of the two" if found.unmatched else ""
     return (
-        f"{gain}{points} ({_percent(condition.confidence)} lower bound {low}), "
-        f"{test[found.method]} p {found.p_value:.2g}, {found.wins:,} won, {found.losses:,} lost of "
-        f"{found.examples:,}{missing}"
+        f"{gain} ({_percent(condition.confidence)} lower bound {low}), "
+        f"{name_of_test(found.method, found.above)} p {p_told(found.p_value)}, "
+        f"{found.wins:,} won, {found.losses:,} lost of {found.examples:,}{missing}"
+        f"{_disagreement(found, condition)}"
     )
 
 
-def _signed(value: float, found: Paired) -> str:
-    return f"{100 * value:+.1f}" if found.method == "mcnemar" else f"{value:+.3g}"
-
-
-def _amount(value: float, found: Paired) -> str:
-    if found.method != "mcnemar":
-        return f"{value:g}"
-    return f"{100 * value:g} point{'' if value == 0.01 else 's'}"
+def _disagreement(found: Paired, condition: BetterConfig | NotWorseConfig) -> str:
+    """Return what to say where the bound alone would have decided otherwise."""
+    would_pass = found.low is not None and found.low > found.above
+    if would_pass == _is_sure(found, condition.confidence) or not in_points(found.method):
+        return ""
+    return "; the p value decides, for the bound is an approximation"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stages.config import RunConfig
+from stages.data.wording import rounded
 
 _SHARES = re.compile(
     r"(accuracy|share|_rate|win_rate|(^|\.)rate|pass@\d+|majority@\d+|(^|[_,./])acc(_norm)?|exact_match)"
@@ -51,7 +52,7 @@ class Units:
 
     def difference(self, name: str, value: float) -> str:
         """Return a difference of a metric with its sign; of a share in points."""
-        shown = f"{100 * value:+.1f}" if self.is_share(name) else f"{value:+.4g}"
+        shown = f"{rounded(100 * value, 1):+.1f}" if self.is_share(name) else f"{value:+.4g}"
         return "0" if not float(shown) else _signs(shown)
 
     def unit(self, name: str) -> str:

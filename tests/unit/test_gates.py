@@ -97,6 +97,18 @@ class TestBetter:
         }  # fmt: skip
         assert wanted <= verdict.figures.keys()
 
+    def test_where_bound_and_p_value_disagree_the_sentence_says_which_decides(self) -> None:
+        decides = "; the p value decides, for the bound is an approximation"
+        few = judge(better(), evidence(3, 0, 79))
+        assert not few.passed
+        assert few.figures["low"] > 0  # type: ignore[operator]
+        assert few.text.endswith("3 won, 0 lost of 79" + decides)
+        for given in (evidence(), evidence(40, 37), evidence(0, 0, 100)):
+            for asked in (better(), not_worse()):
+                verdict = judge(asked, given)
+                agree = (verdict.figures["low"] > verdict.figures["above"]) is verdict.passed  # type: ignore[operator]
+                assert agree is not verdict.text.endswith(decides)
+
     def test_a_small_gain_is_not_shown(self) -> None:
         verdict = judge(better(), evidence(40, 37))
         assert not verdict.passed

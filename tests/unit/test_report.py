@@ -26,9 +26,13 @@ from typer.testing import CliRunner
 from spin_cli.app import app
 from stages.alarms import RULES
 from stages.artifacts import read_manifest, read_rows
+from stages.config import ConditionConfig
+from stages.data.measures import Column
 from stages.data.rows import EXAMPLES, TRAIN_METRICS
+from stages.data.wording import gain_told
 from stages.decisions import opponent_of
 from stages.errors import ConfigError, GateRefusedError, InputError
+from stages.gates import Evidence, Measured, Rival, judge
 from stages.layout import RunLayout
 from stages.promote import rollback
 from stages.recipe import load_recipe
@@ -592,8 +596,66 @@ def test_the_gates_verdict_is_shown_as_a_tree(run: RunLayout) -> None:
     assert "Passed: Any of these" in text
     assert "Passed: Better it is better" in text
     assert "Failed: At least it is too low" in text
-    assert "gain +15.0 points 95% interval +5.0 to +25.0 points one-sided p 0.0123" in text
-    assert "gain +15.0 points 95% bounds +5.0 to +25.0 points one-sided p 0.0123" in text
+    assert "gain +15.0 points 95% interval +5.0 to +25.0 points one-sided p 0.012 " in text
+    assert "gain +15.0 points 95% bounds +5.0 to +25.0 points one-sided p 0.012 " in text
+
+
+def judged(asked: dict[str, Any], mine: list[float], theirs: list[float]) -> tuple[str, str]:
+    """The sentence of a gate's condition, and its figures in the report."""
+    ids = [f"p{i}" for i in range(len(mine))]
+    columns = [Column(ids, np.array(each), np.ones(len(each))) for each in (mine, theirs)]
+    player, rival = (
+        Measured(where, {"accuracy": column.mean()}, {"accuracy": column})
+        for where, column in zip(("001/evaluate", "start/evaluate"), columns, strict=True)
+    )
+    rivals = {"champion": Rival("start", {"quiz": rival})}
+    condition = ConditionConfig.model_validate(asked)
+    found = judge(condition, Evidence({"quiz": player}, rivals))
+    written = verdict(json.loads(json.dumps(found.as_dict())), numbers.Units())
+    assert written is not None
+    assert written.text == found.text
+    return found.text, "; ".join(f"{name} {text}" for name, text in written.figures)
+
+
+def test_a_conditions_figures_are_told_as_in_its_sentence() -> None:
+    not_worse = {"not_worse": {"metric": "quiz.accuracy", "margin": 0.05}}
+    wrong = [0.0] * 79
+    text, box = judged(not_worse, [1.0, *wrong], [0.0, *wrong])  # 1 of 80 is 1.25 points
+    assert "may be worse than the start's by 5 points or more" in text or "is not worse" in text
+    assert ": +1.3 points (95% lower bound " in text
+    assert "gain +1.3 points" in box
+    assert "margin 5 points" in box
+    assert "score test p " in text
+    assert "method score test" in box
+    text, box = judged(not_worse, [0.5, 0.75, *wrong], [0.25, 0.25, *wrong])
+    assert "by 0.05 or more: +0.00926 (95% lower bound " in text
+    assert "value 0.01543; rival's value 0.006173; gain +0.00926" in box
+    assert "margin 0.05" in box
+    assert "points" not in text + box
+    assert re.search(r"p ([\d.e-]+),", text)[1] in box  # type: ignore[index]
+    better = {"better": {"metric": "quiz.accuracy", "by": 0.01}}
+    text, box = judged(better, [1.0] * 20 + wrong, [0.0] * 20 + wrong)
+    assert "by more than 1 point" in text
+    assert "to exceed 1 point" in box
+    least = {"at_least": {"metric": "quiz.accuracy", "value": 0.8}}
+    text, box = judged(least, [1.0, *wrong], [0.0, *wrong])
+    assert text == "quiz.accuracy is 0.0125, which is below 0.8"
+    assert box == "metric quiz.accuracy; value 0.0125; at least 0.8"
+
+
+@pytest.mark.parametrize("value", [0.0125, 0.1625 - 0.15, 0.2625 - 0.25, 0.0125 + 1e-15])
+def test_a_half_is_rounded_away_from_zero_whatever_its_last_bits(value: float) -> None:
+    assert gain_told(value, "mcnemar") == "+1.3"
+    assert gain_told(-value, "mcnemar") == "-1.3"
+    assert numbers.Units().difference("quiz.accuracy", value) == "+1.3"
+    assert gain_told(value / 10 + 0.01, "bootstrap") == "+0.0113"
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e-9, 1e300, -1e300, 5e-324, 123456.5])
+def test_any_gain_can_be_told(value: float) -> None:
+    assert float(gain_told(value, "bootstrap")) == pytest.approx(value, rel=5e-3, abs=1e-320)
+    assert gain_told(value, "mcnemar")[0] in "+-"
+    assert gain_told(value, "mcnemar") != "-0.0"
 
 
 @pytest.mark.parametrize(
