@@ -150,6 +150,11 @@ class RunConfig(Section):
     suites: Suites = Field(default_factory=dict)
     """Further evaluations, by name."""
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide what a run makes."""
+        suites = {name: suite.in_run() for name, suite in self.suites.items()}
+        return super().identity() | {"suites": suites}
+
     @model_validator(mode="after")
     def _vllm_has_the_temperature(self) -> "RunConfig":
         sections: dict[str, Any] = {"generate": self.generate, "evaluate": self.evaluate}

@@ -109,13 +109,31 @@ class Section(BaseModel):
     )
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that decide the result, as plain JSON values."""
+        """Return the fields that decide the result, as plain JSON values.
+
+        Sections are asked for theirs, those in mappings and lists too.
+        """
         values = self.model_dump(mode="json")
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
             if isinstance(info.json_schema_extra, dict):
                 if info.json_schema_extra.get("identity") is False:
                     del values[name]
-            elif isinstance(value, Section):
-                values[name] = value.identity()
+            else:
+                values[name] = _identity(value, values[name])
         return values
+
+
+def _identity(value: Any, plain: Any) -> Any:
+    """Return what decides the result of a value.
+
+    Args:
+        plain: the whole value in JSON.
+    """
+    if isinstance(value, Section):
+        return value.identity()
+    if isinstance(value, dict) and value.keys() == plain.keys():
+        return {name: _identity(inner, plain[name]) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_identity(inner, at) for inner, at in zip(value, plain, strict=True)]
+    return plain

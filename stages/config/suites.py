@@ -40,6 +40,10 @@ class _Suite(Section):
     every: Count = place(1)
     """`spin run` asks this suite after so many iterations (and before the first)."""
 
+    def in_run(self) -> dict[str, Any]:
+        """Return what decides what a run makes of it: further what enters keys by inputs alone."""
+        return self.identity() | {"every": self.every}
+
 
 class TaskSuiteConfig(_Suite, SamplingConfig):
     """Prompts answered and scored by a reward: accuracy, pass@k, majority@k."""
@@ -76,6 +80,10 @@ class TaskSuiteConfig(_Suite, SamplingConfig):
                 "the temperature, or set num_samples=0 (greedy answers alone)"
             )
         return self
+
+    def in_run(self) -> dict[str, Any]:
+        """Return further how its own prompts are prepared, wherever they come from."""
+        return super().in_run() | {"data": self.data and self.data.identity()}
 
     def prepares(self) -> PrepareConfig | None:
         """Return how its own prompts are prepared: none are held out, since all are asked."""
@@ -148,6 +156,10 @@ class WinRateSuiteConfig(_Suite):
     swap: bool = True
     """A judge sees each pair in both orders, and the two verdicts are averaged."""
     max_prompts: Count | None = None
+
+    def in_run(self) -> dict[str, Any]:
+        """Return further whom it compares the player with."""
+        return super().in_run() | {"against": self.against}
 
     def metrics(self, reward: RewardConfig) -> list[str]:
         """Return all that it measures; it is not asked before an iteration is trained.
