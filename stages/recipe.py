@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from stages.config import ConditionConfig, RunConfig, suite_kinds
 from stages.errors import ConfigError, choices
@@ -456,7 +457,16 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
         return message
     of_section = first["type"] == "value_error" and isinstance(first["input"], Mapping)
     given = "" if of_section else f"={first['input']!r}"
-    return f"{name}{given}: {message}"
+    return f"{name}{given}: {message}{_near_choice(first)}"
+
+
+def _near_choice(error: ErrorDetails) -> str:
+    """Return which of a setting's choices may have been meant, where it has choices."""
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    known = re.findall("'([^']+)'", error["ctx"]["expected"])
+    near = difflib.get_close_matches(error["input"], known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _place(loc: Sequence[int | str], values: Any) -> list[str]:

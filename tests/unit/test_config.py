@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from stages.config import RunConfig, TaskSuiteConfig
+from stages.config.fields import Section, place
 from stages.errors import ConfigError
 from stages.layout import RunLayout
 from stages.recipe import known_keys, load_recipe, recipe_from_json
@@ -388,3 +389,70 @@ def test_a_recipe_without_a_reduced_form_says_so(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: x")
     with pytest.raises(ConfigError, match=r"r\.yaml has no reduced form; add a `shrink` section"):
         load_recipe(tmp_path / "r.yaml", shrink=True)
+
+
+QUIZ = (
+    "suites: {{quiz: {{kind: task, data: {{source: 'recipe://{source}', format: {format}}}, "
+    "every: {every}}}, duel: {{kind: win_rate, against: {against}}}}}"
+)
+
+
+def settings_of(folder: Path, **changed: str) -> dict[str, Any]:
+    given = {"source": "a.jsonl", "format": "gsm8k", "every": "1", "against": "start"}
+    folder.mkdir()
+    return load_recipe(recipe_file(folder, QUIZ.format(**{**given, **changed}))).settings()
+
+
+def test_where_a_suites_prompts_lie_is_no_setting_of_the_run(tmp_path: Path) -> None:
+    """A project that was moved, suites and all, goes on where it stopped."""
+    there = settings_of(tmp_path / "old")
+    assert settings_of(tmp_path / "new", source="b.jsonl") == there
+    assert "suites.quiz.data.source" not in there
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"format": "messages"}, "suites.quiz.data.format"),
+        ({"every": "2"}, "suites.quiz.every"),
+        ({"against": "champion"}, "suites.duel.against"),
+    ],
+)
+def test_what_a_run_makes_of_a_suite_is_one(
+    changed: dict[str, str], name: str, tmp_path: Path
+) -> None:
+    one, other = settings_of(tmp_path / "a"), settings_of(tmp_path / "b", **changed)
+    assert {key for key in one if one[key] != other[key]} == {name}
+
+
+def test_sections_in_mappings_and_lists_are_asked_for_what_decides() -> None:
+    class Inner(Section):
+        decides: int = 1
+        path: str = place("a")
+
+    class Outer(Section):
+        by_name: dict[str, Inner]
+        listed: tuple[Inner, ...]
+        plain: dict[str, list[int]]
+
+    outer = Outer(by_name={"x": Inner()}, listed=(Inner(), Inner()), plain={"y": [1, 2]})
+    assert outer.identity() == {
+        "by_name": {"x": {"decides": 1}}, "listed": [{"decides": 1}] * 2, "plain": {"y": [1, 2]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("promote.on_refusal=retyr", "retry"),
+        ("pair.policy=human_vs_slef", "human_vs_self"),
+        ("tracking.trackers=[tensorbord]", "tensorboard"),
+        ("promote.gate={better: {metric: a, against: champoin}}", "champion"),
+    ],
+)
+def test_a_choice_that_is_nearly_one_is_told(override: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"; did you mean {near}\?$"):
+        load_recipe(None, [override])
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(None, ["promote.on_refusal=xyz"])
+    assert "did you mean" not in str(caught.value)
