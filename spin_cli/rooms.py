@@ -14,7 +14,7 @@ def check_rooms(recipe: Recipe, iterations: int) -> None:
     the stages, which check likewise.
 
     Raises:
-        InputError, ConfigError: one does not; see `model_room`.
+        ConfigError: one does not; see `model_room`.
     """
     from stages.engines.prompts import room_of
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.chat import Message, Renderer, RowRefusedError
-from stages.errors import ConfigError, InputError
+from stages.errors import ConfigError
 
 NO_LIMIT = 1 << 30  # positions, for models that have no limit
 
@@ -20,8 +20,8 @@ def model_room(
         section: the part of the recipe that `max_new_tokens` stands in.
 
     Raises:
-        InputError: an answer of `max_new_tokens` leaves no room for a prompt.
-        ConfigError: likewise, by the recipe's limit; or the model has fewer positions than that.
+        ConfigError: an answer of `max_new_tokens` leaves no room for a prompt; or the model has
+            fewer positions than the recipe's limit.
     """
     return room_of(
         model_dir.name, model_positions(model_dir), max_model_len, max_new_tokens, section
@@ -39,7 +39,7 @@ def room_of(
     """Return what `model_room` does, of a model with so many positions.
 
     Raises:
-        InputError, ConfigError: see `model_room`.
+        ConfigError: see `model_room`.
     """
     if max_model_len is not None and max_model_len > positions:
         raise ConfigError(
@@ -52,7 +52,7 @@ def room_of(
             f"{section}.max_new_tokens={max_new_tokens}; raise the one, or lower the other"
         )
     if positions <= max_new_tokens:
-        raise InputError(
+        raise ConfigError(
             f"{section}.max_new_tokens={max_new_tokens} leaves no room for a prompt: {model} is "
             f"run with {positions} positions; lower it"
         )

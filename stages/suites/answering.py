@@ -65,7 +65,7 @@ class Asker:
         """Return the most tokens that a prompt and its answer may have together.
 
         Raises:
-            InputError, ConfigError: see `model_room`.
+            ConfigError: see `model_room`.
         """
         is_suite = not isinstance(self.sampling, EvaluateConfig)
         section = f"suites.{self.stage.removeprefix('suite ')}" if is_suite else "evaluate"
