@@ -4,7 +4,10 @@ The stages are fakes where the subject is the chain; the last tests run the true
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -478,3 +481,23 @@ def test_decisions_on_paired_examples_and_suites_are_made_again(tmp_path: Path) 
     assert f"{out}: same bytes" in result.stdout
     assert "start/suite-sums: same bytes" in result.stdout
     assert "all agree" in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_the_demo_agrees_in_every_byte(tmp_path: Path) -> None:
+    for words in (
+        ("run", "demo", "--run", "a", "--iterations", "3"),
+        ("reproduce", "a:2", "--in", "b"),
+    ):
+        command = [sys.executable, "-m", "spin_cli", *words]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 19  # data, SFT, the start, and three iterations
+    assert all(line.endswith(": same bytes") for line in lines), done.stdout
+    made = hashes(tmp_path / "b")
+    assert made == {name: hashes(tmp_path / "a")[name] for name in made}
