@@ -1,4 +1,4 @@
-"""A run with an amended recipe: what becomes of the recipe where what is done forbids it."""
+"""A run that cannot be carried on with its recipe: what becomes of the record of the recipe."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +7,18 @@ from stages.config import RunConfig
 from stages.errors import ConfigError, FinishedError
 from stages.layout import ITERATION_STAGES, RunLayout
 from stages.recipe import OF_THE_RUN, ONE_OF_KINDS, Recipe
-from stages.run_record import start_or_resume
+from stages.run_record import forget, start_or_resume
 
 
 @contextmanager
-def kept(layout: RunLayout, before: Recipe | None) -> Iterator[None]:
+def kept(layout: RunLayout, before: Recipe | None, *, amend: bool) -> Iterator[None]:
     """Give a run its recipe back where it cannot be carried on with the amended one.
 
+    A run that is new, and in which nothing was made, has no recipe then.
+
     Args:
-        before: the recipe of before; None where nothing was amended.
+        before: the recipe of before; None where the run begins now.
+        amend: whether it may be another one now.
 
     Raises:
         ConfigError: it cannot.
@@ -24,6 +27,8 @@ def kept(layout: RunLayout, before: Recipe | None) -> Iterator[None]:
         yield
     except ConfigError as error:
         if before is None:
+            forget(layout)
+        if before is None or not amend:
             raise
         start_or_resume(layout, before, amend=True)
         raise (_told_how(layout, error) if isinstance(error, FinishedError) else error) from None

@@ -624,8 +624,14 @@ def run_(
     """Run the whole loop, or go on where it stopped."""
     set_up_messages(quiet=quiet, verbose=verbose)
     from spin_cli.amending import kept
-    from spin_cli.loop import carry_on, check_stop, commands, rules
-    from spin_cli.rooms import check_rooms
+    from spin_cli.loop import (
+        carry_on,
+        check_recipe,
+        check_stop,
+        check_trackers,
+        commands,
+        rules,
+    )
     from spin_cli.views import put_iterations
     from stages.artifacts.locks import hold
     from stages.convergence import distance
@@ -641,7 +647,7 @@ def run_(
         iterations = chosen.for_iteration().stop.max_iterations if until_converged else 1
     if until_converged:
         check_stop(chosen)
-    check_rooms(chosen, iterations)
+    check_recipe(chosen, iterations)
     if amend and (dry_run or as_rules):
         raise typer.BadParameter("--amend changes a run; it cannot be printed")
     if until_converged and as_rules:
@@ -658,10 +664,11 @@ def run_(
         for line in lines:
             put(line)
         return
+    check_trackers(chosen)
     with hold(layout.lock, f"run {layout.root}"):
         before = start_or_resume(layout, chosen, amend=amend)
         try:
-            with ending_noted(layout), kept(layout, before if amend else None):
+            with ending_noted(layout), kept(layout, before, amend=amend):
                 reason = carry_on(
                     layout,
                     chosen,

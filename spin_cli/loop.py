@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spin_cli.rooms import check_rooms
 from spin_cli.steps import ShellText, Step, command, execute
 from stages.adaptation import adapted, at_iteration
 from stages.artifacts import Manifest
@@ -133,12 +134,15 @@ def _check_gate(recipe: Recipe, start: Manifest, iterations: int) -> None:
     Raises:
         ConfigError: one of them has no such metric.
     """
+    from stages.gates import AMEND
+
     for iteration in range(iterations):
         metric = recipe.for_iteration(iteration).promote.metric
         if metric not in start.metrics and not metric.startswith(OF_COMPARISON):
             raise ConfigError(
                 f"promote.metric={metric}: evaluations of this run have no such metric; "
-                f"{choices(metric, start.metrics, 'they have')}, and heldout_… against an opponent"
+                f"{choices(metric, start.metrics, 'they have')}, and heldout_… against an "
+                f"opponent; {AMEND}"
             )
 
 
@@ -152,6 +156,31 @@ def _check_conditions(recipe: Recipe, start: Step, iterations: int) -> None:
 
     for iteration in [t for t in recipe.turning_points() if t < iterations]:
         check_gate(recipe.for_iteration(iteration), start.options.get("suite"), start.out)
+
+
+def check_recipe(recipe: Recipe, iterations: int) -> None:
+    """Check what is known before the first stage: see `gates.check_names` and `check_rooms`.
+
+    Raises:
+        ConfigError: a decision asks for what cannot be measured, or an answer leaves no room.
+    """
+    from stages.gates import check_names
+
+    for iteration in [t for t in recipe.turning_points() if t < max(iterations, 1)]:
+        check_names(recipe.for_iteration(iteration))
+    check_rooms(recipe, iterations)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Check that the trackers that a run tells are installed.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    from stages import tracking
+
+    for config in recipe.configs():
+        tracking.check(config.tracking)
 
 
 def check_stop(recipe: Recipe) -> None:

@@ -20,7 +20,16 @@ from stages.data.alike import way
 from stages.data.measures import INTERVALS_FILE, MEASURES_FILE, METRICS_FILE, read_measures
 from stages.decisions import Places, champion_evaluation, measured_at, rival_evaluation
 from stages.errors import InputError
-from stages.gates import Evidence, Measured, Rival, check, player_suites, rivals
+from stages.gates import (
+    Evidence,
+    Measured,
+    Rival,
+    bounds_above_one,
+    check,
+    check_bounds,
+    player_suites,
+    rivals,
+)
 from stages.layout import RunLayout
 
 
@@ -94,6 +103,8 @@ def check_gate(config: RunConfig, suite: str | None, start: Path) -> None:
     is_told = any(file.path == INTERVALS_FILE for file in found.manifest.files)
     means = list(read_object(found, INTERVALS_FILE)) if is_told else None
     check(config, suite, list(read_object(found, METRICS_FILE)), means)
+    if bounds_above_one(config, suite):
+        check_bounds(config, suite, measured(found).columns)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from stages.config import (
     RunConfig,
     WinRateSuiteConfig,
 )
+from stages.config.metrics import is_a_share, metrics_of
 from stages.data.measures import Column
 from stages.data.paired import Paired, compare, lower_bound
 from stages.data.wording import amount_told, gain_told, in_points, name_of_test, p_told, unit_told
@@ -31,6 +32,8 @@ Figures = dict[str, float | int | str | bool | None]
 
 ROUNDING = 1e-9
 """0.3 - 0.2 < 0.1 in binary, and a gate means decimal numbers."""
+AMEND = "change it with --amend, since the run has begun"
+"""What helps where a mistake is found after the start was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -196,36 +199,86 @@ def check(
         ConfigError: the gate asks for a metric that cannot be had, or compared.
     """
     check_comparable(config)
-    for leaf in leaves(config.promote.gate) if config.promote.gate is not None else ():
+    for leaf in _leaves_of(config):
         is_paired = leaf.better is not None or leaf.not_worse is not None
         for metric in leaf.metrics():
             asked, name = split(metric)
             of_comparison = asked is None and name.startswith(OF_COMPARISON)
-            suite_config = config.suites.get(asked or "")
-            if suite is None and isinstance(suite_config, WinRateSuiteConfig):
-                # the start is never asked this suite
-                _check_measured(asked, metric, suite_config.metrics(config.reward))
             if asked != suite:
                 continue
-            if not of_comparison:
-                _check_measured(asked, metric, metrics)
+            if not of_comparison and name not in metrics:
+                raise ConfigError(f"{_not_measured(metric, metrics)}; {AMEND}")
             if is_paired and means is not None and name not in means:
-                raise _no_mean(metric, means)
+                raise ConfigError(f"{_no_mean(metric, means)}; {AMEND}")
 
 
-def _check_measured(suite: str | None, metric: str, metrics: Sequence[str]) -> None:
-    """Check that a suite (None: the run's evaluation) has a metric.
+def check_names(config: RunConfig) -> None:
+    """Check, before anything is made, that what `promote` asks for can be measured at all.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: an evaluation can never have such a metric, or reach such a value; or see
+            `check_comparable`.
     """
-    name = split(metric)[1]
-    if name not in metrics:
-        who = "evaluations have" if suite is None else f"suites.{suite} has"
+    check_comparable(config)
+    promote, known = config.promote, metrics_of(config, None)
+    if promote.metric not in known:
+        told = choices(promote.metric, known.names, "they have")
         raise ConfigError(
-            f"promote.gate asks for {metric}, which is not measured in this run; "
-            f"{choices(name, metrics, who)}"
+            f"promote.metric={promote.metric}: evaluations of this run have no such metric; {told}"
         )
+    if promote.min_value is not None and is_a_share(config, None, promote.metric):
+        _check_share(f"promote.min_value of {promote.metric}", promote.min_value)
+    for leaf in _leaves_of(config):
+        for metric in leaf.metrics():
+            suite, name = split(metric)
+            known = metrics_of(config, suite)
+            if name not in known:
+                raise ConfigError(_not_measured(metric, known.names))
+        if leaf.at_least is not None and is_a_share(config, *split(leaf.at_least.metric)):
+            _check_share(_bound(leaf.at_least), leaf.at_least.value)
+
+
+def bounds_above_one(config: RunConfig, suite: str | None) -> list[AtLeastConfig]:
+    """Return the bounds that no share reaches, of a suite (None: the run's evaluation)."""
+    asked = [leaf.at_least for leaf in _leaves_of(config) if leaf.at_least is not None]
+    return [each for each in asked if each.value > 1 and split(each.metric)[0] == suite]
+
+
+def check_bounds(config: RunConfig, suite: str | None, columns: Mapping[str, Column]) -> None:
+    """Check the bounds of a gate by what was measured at the start, by metric.
+
+    What is 1 for some examples and 0 for all others is of right or wrong.
+
+    Raises:
+        ConfigError: a metric of right or wrong has to be above 1.
+    """
+    for asked in bounds_above_one(config, suite):
+        column = columns.get(split(asked.metric)[1])
+        if column is not None and set(column.values.tolist()) == {0.0, 1.0}:
+            _check_share(_bound(asked), asked.value, f"; {AMEND}")
+
+
+def _check_share(what: str, bound: float, then: str = "") -> None:
+    if bound > 1:
+        remedy = f"write {bound / 100:g}" if bound <= 100 else "it is never above 1"
+        raise ConfigError(f"{what} is {bound:g}, but that is a share of 1: {remedy}{then}")
+
+
+def _bound(asked: AtLeastConfig) -> str:
+    return f"promote.gate: at_least of {asked.metric}"
+
+
+def _leaves_of(config: RunConfig) -> Iterator[ConditionConfig]:
+    yield from leaves(config.promote.gate) if config.promote.gate is not None else ()
+
+
+def _not_measured(metric: str, metrics: Sequence[str]) -> str:
+    suite, name = split(metric)
+    who = "evaluations have" if suite is None else f"suites.{suite} has"
+    return (
+        f"promote.gate asks for {metric}, which is not measured in this run; "
+        f"{choices(name, metrics, who)}"
+    )
 
 
 def check_comparable(config: RunConfig) -> None:
@@ -234,7 +287,7 @@ def check_comparable(config: RunConfig) -> None:
     Raises:
         ConfigError: it is of the player against a rival that changes.
     """
-    for leaf in leaves(config.promote.gate) if config.promote.gate is not None else ():
+    for leaf in _leaves_of(config):
         if leaf.at_least is not None:
             continue
         for metric in leaf.metrics():

@@ -74,6 +74,17 @@ def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -
     return recorded
 
 
+def forget(layout: RunLayout) -> None:
+    """Take back the record of a run in which nothing was made; the caller holds the run's lock."""
+    made = (
+        path
+        for path in layout.root.iterdir()
+        if path != layout.record and (path.is_dir() or not path.name.startswith("."))
+    )
+    if not any(made):
+        layout.record.unlink(missing_ok=True)
+
+
 def first_difference(old: Recipe, new: Recipe) -> str | None:
     """Return in words the first setting in which two recipes resolve differently, or None.
 

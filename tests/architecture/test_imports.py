@@ -80,6 +80,7 @@ ALLOWED = {
         "engines",
         "evidence",
         "export",
+        "gates",
         "headlines",
         "hub",
         "lineage",

@@ -21,6 +21,7 @@ from stages.gates import (
     Rival,
     Verdict,
     check,
+    check_names,
     judge,
     player_suites,
     rivals,
@@ -452,7 +453,7 @@ class TestTypos:
         with pytest.raises(ConfigError, match=r"; did you mean sampled_accuracy\? ") as caught:
             check(config, None, metrics, metrics)
         assert "evaluations have sampled_accuracy, " in str(caught.value)
-        assert str(caught.value).endswith(" and 31 more")
+        assert " and 31 more; change it with --amend, since the run " in str(caught.value)
         given = Evidence({None: measured(dict.fromkeys(metrics, column([1.0])))}, {})
         asked = condition(at_least={"metric": "sampled_acuracy", "value": 0})
         with pytest.raises(ConfigError, match=r"did you mean sampled_accuracy\? it has .* 31 more"):
@@ -465,6 +466,9 @@ class TestBeforeTraining:
     def check(self, gate: str, suite: str | None = None, *more: str) -> None:
         config = load_recipe(None, [f"promote.gate={gate}", *more]).for_iteration()
         check(config, suite, ["accuracy", "entropy"], ["accuracy"])
+
+    def check_names(self, gate: str, *more: str) -> None:
+        check_names(load_recipe(None, [f"promote.gate={gate}", *more]).for_iteration())
 
     @pytest.mark.parametrize(
         "gate",
@@ -513,11 +517,11 @@ class TestBeforeTraining:
     def test_a_win_rates_metrics_are_known_before_it_is_asked(self) -> None:
         """The start is never asked such a suite, so its evaluation cannot tell."""
         wins = "suites.duel={kind: win_rate, reward: {name: gsm8k}}"
-        self.check("{at_least: {metric: duel.mean_characters, value: 9}}", None, wins)
+        self.check_names("{at_least: {metric: duel.mean_characters, value: 9}}", wins)
         for metric in ("win_rat", "position_flip_share"):
             gate = f"{{at_least: {{metric: duel.{metric}, value: 0.5}}}}"
             with pytest.raises(ConfigError, match=rf"duel\.{metric}, which is not measured .*duel"):
-                self.check(gate, None, wins)
+                self.check_names(gate, wins)
         reward = "{name: judge, judge: {url: 'http://x/v1', model: m}}"
         judged = f"suites.duel={{kind: win_rate, reward: {reward}}}"
-        self.check("{at_least: {metric: duel.position_flip_share, value: 0}}", None, judged)
+        self.check_names("{at_least: {metric: duel.position_flip_share, value: 0}}", judged)
