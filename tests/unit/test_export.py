@@ -486,7 +486,7 @@ class TestTheHistory:
         layout = new_run(tmp_path, tiny_model_dir, "evil\x1b[31m\nname")
         lines = spin("promote", layout.root, "--history").stdout.splitlines()
         key = read_manifest(layout.stage(0, "train")).key[:12]
-        assert lines == [f"0  iterations/000/train  {key}  t  why evil name"]
+        assert lines == [f"* 0  iterations/000/train  {key}  t  why evil name"]
         layout.champion.unlink()
         result = spin("promote", layout.root, "--history")
         assert (result.stdout, "no champion yet" in result.stderr) == ("", True)
