@@ -287,7 +287,7 @@ class TestRefusals:
     def test_a_refusal_ends_the_run_with_6(self) -> None:
         result = run(iterations=3, expect=6)
         assert "iteration 1 was not promoted" in result.stderr
-        assert result.stdout.splitlines()[-1].split("  ")[-1].startswith("refused: ")
+        assert result.stdout.splitlines()[-1].startswith("iteration 1 was refused: ")
         assert not Path("a/iterations/002").exists()
         run(iterations=3, expect=6)
         run(iterations=2, expect=6)
