@@ -30,6 +30,7 @@ from tests.tiny_loop import hashes
 RECIPE = """
 name: example
 sft: {init: random}
+reward: {name: gsm8k}
 promote: {metric: sampled_accuracy, min_gain: 0.05, on_refusal: champion}
 """
 

@@ -23,6 +23,7 @@ PRODUCE = importlib.import_module("stages.artifacts.produce")
 RECIPE = """
 name: example
 sft: {init: random}
+reward: {name: gsm8k}
 promote: {metric: sampled_accuracy, min_gain: 0.05}
 """
 
