@@ -22,11 +22,12 @@ from stages.artifacts import (
     run_root,
 )
 from stages.artifacts.tables import Row
-from stages.config import EvaluateConfig, RunConfig
+from stages.config import EvaluateConfig, RewardConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
-from stages.data.measures import Measure, write_measures
+from stages.data.measures import SHARE, Measure, RangeOf, usual_range, write_measures
 from stages.data.repeats import repeated_share
-from stages.data.rows import EXAMPLES
+from stages.data.rows import DROPPED, EXAMPLES
+from stages.data.statistics import Interval
 from stages.data.tokens import PairTokens
 from stages.engines import OpenEngine
 from stages.engines.base import Completion
@@ -38,6 +39,7 @@ from stages.suites.answering import GREEDY, Answers, Asked, Asker, chosen_rows, 
 _log = logging.getLogger("spin")
 
 FORMAT_VERSION = 3
+DROPPED_NAME = "dropped.parquet"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def run(
     open_engine: OpenEngine = engines.open_engine,
 ) -> Manifest:
     """Write examples.parquet, and its metrics; see data/measures.py.
+
+    Held-out prompts that cannot be asked, or leave no room for the human response, are in
+    dropped.parquet, which is there where any are.
 
     What the metrics are is told by `summarize`.
 
@@ -150,7 +155,7 @@ class _Work:
 
 def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     config = work.config.evaluate
-    examples, refused = _render(work)
+    examples, dropped = _render(work)
     theirs = _kept_samples(opponent, examples) if opponent else None  # before any engine starts
     sampled, greedy = _answer(
         work, "player", work.model, examples, with_greedy=work.reward is not None
@@ -177,10 +182,13 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
             _compare(row, theirs[row["prompt_id"]], player, other, work)
     with TableWriter(space.file("examples.parquet"), EXAMPLES) as table:
         table.extend(rows)
-    metrics = write_measures(space, measured(rows), summarize(rows))
+    if dropped:
+        with TableWriter(space.file(DROPPED_NAME), DROPPED) as table:
+            table.extend(dropped)
+    metrics = write_measures(space, measured(rows), summarize(rows), _ranges(work.config.reward))
     sound("evaluate", metrics, work.config.alarms)
     return Outcome(
-        counts={"prompts": len(rows), "dropped_refused": refused, **unscored},
+        counts={"prompts": len(rows), "dropped_refused": len(dropped), **unscored},
         metrics=metrics,
         info={"gpus": engines.gpus_used(work.config.answering_engine())},
         tokens=sum(len(row["sampled_token_ids"]) for row in rows),
@@ -295,6 +303,16 @@ def measured(rows: Sequence[Row]) -> Iterator[Measure]:
         yield Measure(row["prompt_id"], "human_mean_tokens", num_tokens)
 
 
+def _ranges(reward: RewardConfig) -> RangeOf:
+    """Return the range of each metric, by name; mean rewards have the reward's."""
+
+    def range_of(name: str) -> Interval | None:
+        is_share = name.endswith("accuracy") and (name.startswith("heldout") or reward.is_a_share)
+        return SHARE if is_share else usual_range(name)
+
+    return range_of
+
+
 def _measured_sample(name: str, row: Row, column: str) -> dict[str, float | None]:
     token_ids = row[f"{column}_token_ids"]
     return {
@@ -370,23 +388,40 @@ def _told(difference: float) -> float:
     return (difference > 0) + 0.5 * (difference == 0)
 
 
-def _render(work: _Work) -> tuple[list[_Example], int]:
-    """Render the held-out prompts; return them, and how many cannot be asked or do not fit."""
+def _render(work: _Work) -> tuple[list[_Example], list[Row]]:
+    """Render the held-out prompts; return them, and rows of DROPPED of those that are left out."""
     rows = chosen_rows(work.data.files("heldout-"), work.config.evaluate.max_prompts)
-    asked, _ = work.asker.askable(work.model, rows)
-    humans = work.renderer.responses_tokens([one.human for one in asked])
+    rendered = work.asker.rendered(work.model, rows)
+    asked = [one for one in rendered if isinstance(one, Asked)]
+    humans = iter(work.renderer.responses_tokens([one.human for one in asked]))
     room = work.asker.room(work.model)
-    examples = [
-        _Example(**vars(one), human_token_ids=human)
-        for one, human in zip(asked, humans, strict=True)
-        if not isinstance(human, RowRefusedError) and len(one.prompt_token_ids) + len(human) <= room
-    ]
+    examples: list[_Example] = []
+    dropped: list[Row] = []
+    for row, one in zip(rows, rendered, strict=True):
+        found = _example(one, next(humans), room) if isinstance(one, Asked) else one
+        if isinstance(found, _Example):
+            examples.append(found)
+        else:
+            why = {"reason": found.reason, "detail": found.detail}
+            dropped.append({"prompt_id": row["prompt_id"], **why})
     if not examples:
         raise InputError(
             f"{work.data.path} has no held-out prompt to evaluate on; set prepare.heldout_size "
             "or prepare.heldout_source and run prepare again"
         )
-    return examples, len(rows) - len(examples)
+    return examples, dropped
+
+
+def _example(
+    one: Asked, human: list[int] | RowRefusedError, room: int
+) -> _Example | RowRefusedError:
+    if isinstance(human, RowRefusedError):
+        return human
+    size = len(one.prompt_token_ids) + len(human)
+    if size > room:
+        detail = f"{size} tokens with its prompt, at most {room} fit"
+        return RowRefusedError("response_too_long", detail)
+    return _Example(**vars(one), human_token_ids=human)
 
 
 def _answer(

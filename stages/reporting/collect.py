@@ -5,6 +5,7 @@ and damage a line in `RunView.problems`: a report of half a run is worth having.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from stages.data.measures import (
     Column,
     read_measures,
 )
-from stages.data.rows import EXAMPLES, SFT_METRICS, TRAIN_METRICS
+from stages.data.rows import DROPPED, EXAMPLES, SFT_METRICS, TRAIN_METRICS
 from stages.decisions import DECISION, outcome
 from stages.errors import InputError, SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
@@ -45,6 +46,7 @@ from stages.status import stage_state
 
 T = TypeVar("T")
 PAIR_REPORT = "report.json"
+DROPPED_FILE = "dropped.parquet"
 EXAMPLES_FILE = "examples.parquet"
 STEPS_FILE = "metrics.parquet"
 _READ = (
@@ -82,6 +84,8 @@ class Evaluation:
     """Those that are finite numbers."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Of 95% confidence."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Prompts that were not asked, by reason."""
 
 
 NOTHING_MEASURED = Evaluation()
@@ -377,7 +381,22 @@ class _Reader:
                 for name, pair in intervals.items()
                 if isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))
             },
+            self._left_out(place),
         )
+
+    def _left_out(self, place: Path) -> dict[str, int]:
+        artifact = self._artifact(place)
+        if artifact is None:
+            return {}
+        if not _has(artifact, DROPPED_FILE):
+            refused = artifact.manifest.counts.get("dropped_refused", 0)
+            return {"refused": refused} if refused else {}
+
+        def read() -> dict[str, int]:
+            rows = read_rows([artifact.file(DROPPED_FILE)], DROPPED, columns=["reason"])
+            return dict(Counter(str(row["reason"]) for row in rows).most_common())
+
+        return self._attempt(read, {})
 
     def _steps(self, place: Path, schema: Any) -> dict[str, list[float]]:
         artifact = self._artifact(place)

@@ -187,6 +187,26 @@ def _course_words(
     return f"{name} by iteration. {'; '.join(told)}."
 
 
+def left_out(view: RunView) -> list[str]:
+    """Return which held-out prompts were not asked, and why, a sentence for what is the same."""
+    found = {f"iteration {t.index}": t.evaluation for t in view.iterations}
+    whose: dict[str, list[str]] = {}
+    for who, evaluation in {"the start": view.start, **found}.items():
+        reasons = evaluation.left_out
+        count, asked = sum(reasons.values()), evaluation.metrics.get("prompts")
+        if count:
+            total = "the" if asked is None else f"{int(asked) + count:,}"
+            why = ", ".join(f"{reason.replace('_', ' ')}: {n:,}" for reason, n in reasons.items())
+            verb = "was" if count == 1 else "were"
+            words = f"{count:,} of {total} held-out prompts {verb} left out ({why})"
+            whose.setdefault(words, []).append(who)
+    return [f"{words} in the evaluation of {_listed(who)}." for words, who in whose.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 # -- Training -------------------------------------------------------------------------------------
 
 

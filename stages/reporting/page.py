@@ -117,6 +117,7 @@ def _parts(view: RunView) -> dict[str, Any]:
         "headline": headline(view),
         "metric": main_metric(view),
         "course": figures.course(view),
+        "left_out": figures.left_out(view),
         "decisions": _decisions(view),
         "newest_open": NEWEST_OPEN,
         "alarms": _alarms(view),

@@ -74,18 +74,23 @@ class Asker:
 
     def askable(self, model: ModelSource, rows: Sequence[Row]) -> tuple[list[Asked], int]:
         """Render rows of PROMPTS; return them, and how many cannot be asked."""
+        asked = [one for one in self.rendered(model, rows) if isinstance(one, Asked)]
+        return asked, len(rows) - len(asked)
+
+    def rendered(self, model: ModelSource, rows: Sequence[Row]) -> list[Asked | RowRefusedError]:
+        """Render rows of PROMPTS; return each, or why it cannot be asked."""
         prompts = askable_batch(
             [row["messages"] for row in rows],
             self.renderer,
             self.room(model) - self.sampling.max_new_tokens,
             model_vocab_size(model.path),
         )
-        asked = [
-            Asked(row["prompt_id"], row["messages"], row["response"], prompt)
+        return [
+            prompt
+            if isinstance(prompt, RowRefusedError)
+            else Asked(row["prompt_id"], row["messages"], row["response"], prompt)
             for row, prompt in zip(rows, prompts, strict=True)
-            if not isinstance(prompt, RowRefusedError)
         ]
-        return asked, len(rows) - len(asked)
 
     def sample_seed(self, prompt_id: str, sample: int) -> int:
         """Return the seed that a sample is drawn with; a greedy answer needs none."""

@@ -206,6 +206,9 @@ def test_held_out_prompts_that_do_not_fit_are_left_out_and_counted(
     fitting = sum(length <= limit for length in lengths)
     counts = read_manifest(out).counts
     assert counts == {"prompts": fitting, "dropped_refused": len(lengths) - fitting}
+    told = json.loads(spin("show", out, "--dropped", "--rows", len(lengths), "--json").stdout)
+    assert len(told["rows"]) == len(lengths) - fitting
+    assert {row["reason"] for row in told["rows"]} <= {"prompt_too_long", "response_too_long"}
     assert 0 < fitting < len(lengths)
 
 
