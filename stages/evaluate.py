@@ -185,7 +185,7 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     if dropped:
         with TableWriter(space.file(DROPPED_NAME), DROPPED) as table:
             table.extend(dropped)
-    metrics = write_measures(space, measured(rows), summarize(rows), _ranges(work.config.reward))
+    metrics = write_measures(space, measured(rows), summarize(rows), ranges(work.config.reward))
     sound("evaluate", metrics, work.config.alarms)
     return Outcome(
         counts={"prompts": len(rows), "dropped_refused": len(dropped), **unscored},
@@ -303,7 +303,7 @@ def measured(rows: Sequence[Row]) -> Iterator[Measure]:
         yield Measure(row["prompt_id"], "human_mean_tokens", num_tokens)
 
 
-def _ranges(reward: RewardConfig) -> RangeOf:
+def ranges(reward: RewardConfig) -> RangeOf:
     """Return the range of each metric, by name; mean rewards have the reward's."""
 
     def range_of(name: str) -> Interval | None:

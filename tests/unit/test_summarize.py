@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from stages.config import RewardConfig
 from stages.data.repeats import repeated_share
 from stages.data.rows import EXAMPLES
-from stages.evaluate import measured, summarize
+from stages.evaluate import measured, ranges, summarize
 
 
 def row(**values: Any) -> dict[str, Any]:
@@ -145,3 +146,17 @@ def test_what_is_measured_on_each_example_has_the_metrics_as_its_means() -> None
     means = {name: total / weight for name, (total, weight) in sums.items()}
     assert {"heldout_kl", "sampled_gain", "opponent_accuracy", "human_mean_tokens"} <= means.keys()
     assert means == {name: pytest.approx(metrics[name]) for name in means}
+
+
+@pytest.mark.parametrize(("reward", "most"), [("gsm8k", (0.0, 1.0)), ("python", None)])
+def test_accuracies_end_at_one_unless_they_are_rewards_of_any_scale(
+    reward: str, most: tuple[float, float] | None
+) -> None:
+    config = RewardConfig.model_validate({"name": reward, "python": {"file": "x.py"}})
+    range_of = ranges(config)
+    for name in ("sampled_accuracy", "greedy_accuracy", "opponent_accuracy"):
+        assert range_of(name) == most
+    for name in ("heldout_reward_accuracy", "sampled_repeated_share", "heldout_identical_share"):
+        assert range_of(name) == (0.0, 1.0)
+    for name in ("heldout_reward_margin", "human_logprob_per_token", "sampled_gain"):
+        assert range_of(name) is None
