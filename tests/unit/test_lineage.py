@@ -35,6 +35,7 @@ PRODUCE = importlib.import_module("stages.artifacts.produce")
 RECIPE = """
 name: example
 sft: {init: random}
+reward: {name: gsm8k}
 promote: {metric: sampled_accuracy, min_gain: 0.05}
 iterations: {1: {train: {beta: 5.0}}}
 """
