@@ -1,6 +1,7 @@
 """`spin show`: an artifact, or rows of it, in the terminal."""
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -81,11 +82,16 @@ def show(
         raise typer.BadParameter("--pairs has its own table: leave --dropped and --file out")
     place_found = find_shown(place, pairs=pairs)
     if isinstance(place_found, dict):
+        flags = {
+            "--sort": sort, "--reverse": reverse, "--rows": rows, "--offset": offset,
+            "--find": find, "--prompt-id": prompt_id, "--dropped": dropped, "--file": file,
+            "--full": full,
+        }  # fmt: skip
+        _check_no_rows_asked(place, place_found, flags)
         put_json(place_found) if as_json else put_places(place_found)
         problems = [each["problem"] for each in place_found["artifacts"] if "problem" in each]
         problems += [place_found["champion_problem"]] if "champion_problem" in place_found else []
-        if problems:
-            raise CorruptError("; ".join(dict.fromkeys(problems)))
+        _end_damaged(place, problems, told=[] if as_json else problems)
         return
     artifact, damage = open_shown(place_found, verify=not no_verify)
     stage = artifact.manifest.stage
@@ -107,8 +113,10 @@ def show(
     about = describe(artifact)
     about["damage"] = [*damage, *about["damage"]]
     asked = pairs or dropped or any((file, sort, find, prompt_id, offset))
+    told: list[str] = []
     if not as_json:
         put_artifact(about, brief=bool(asked))
+        told = list(about["damage"])
     found = None
     if query.rows and (asked or has_table(artifact.manifest)):
         try:
@@ -121,5 +129,33 @@ def show(
         put_json({"artifact": about, **known})
     elif found is not None:
         put_rows(found, query, pairs=pairs, full=full)
-    if about["damage"]:
-        raise CorruptError("; ".join(dict.fromkeys(about["damage"])))
+    _end_damaged(str(place_found), about["damage"], told=told)
+
+
+def _end_damaged(place: str, damage: Sequence[str], *, told: Sequence[str]) -> None:
+    """End with exit code 4 where something is damaged; what was told already is not repeated."""
+    from stages.errors import CorruptError
+
+    untold = [each for each in dict.fromkeys(damage) if each not in told]
+    if damage:
+        raise CorruptError("; ".join(untold) or f"{place}: what is damaged is named above")
+
+
+def _check_no_rows_asked(place: str, found: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Refuse flags that choose rows where a place has several tables, and so none of its own.
+
+    Raises:
+        BadParameter: one is given.
+    """
+    given = next((name for name, value in flags.items() if value not in (None, False, 0)), None)
+    if given is None:
+        return
+    iterations = found.get("iterations")
+    part = "a run" if iterations is not None else "an iteration"
+    player = f"{place}:{iterations[-1]}" if iterations else place
+    pairs = f", or an iteration's pairs: spin show {player} --pairs"
+    has_pairs = iterations != [] and found.get("iteration") != "start"
+    raise typer.BadParameter(
+        f"{given} is of the rows of one artifact, and {place} is {part}; name one of its "
+        f"artifacts (spin show {place} lists them){pairs if has_pairs else ''}"
+    )

@@ -5,12 +5,10 @@ than any word of ours, so that no text can pass for one.
 """
 
 import json
-import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spin_cli.screen import put, safe
+from spin_cli.screen import has_styles, put, safe, terminal_width
 from stages.show import MARGINS, Found, Query
 from stages.subjects import START
 
@@ -162,33 +160,59 @@ def _add_metrics(lines: "_Lines", metrics: Mapping[str, Any]) -> None:
 
 
 def _add_decision(lines: "_Lines", decision: Mapping[str, Any]) -> None:
+    """Add a decision, its alarms and its conditions, each sentence once.
+
+    A reason that a condition or an alarm tells below it is not told beside the decision.
+    """
     promoted = bool(decision.get("promoted"))
     word, style = ("promoted", "bold green") if promoted else ("refused", "bold red")
     lines.entry("decision", word, style=style)
-    for reason in decision.get("reasons") or []:
-        lines.entry("", str(reason))
-    for alarm in decision.get("alarms") or []:
+    alarms, verdict = decision.get("alarms") or [], decision.get("verdict")
+    below = {f"alarm {alarm.get('name')}: {alarm.get('text')}" for alarm in alarms}
+    below |= set(_leaves(verdict)) if isinstance(verdict, Mapping) else set()
+    for reason in map(str, decision.get("reasons") or []):
+        if not {reason, reason.removeprefix("passed: ")} & below:
+            lines.entry("", reason)
+    for alarm in alarms:
         lines.entry("alarm", f"{alarm.get('name')} ({alarm.get('action')}): {alarm.get('text')}")
     gain = decision.get("gain")
     if isinstance(gain, Mapping):
         lines.entry("gain", _listed(gain))
-    if isinstance(decision.get("verdict"), Mapping):
-        _add_verdict(lines, decision["verdict"], 0)
+    if isinstance(verdict, Mapping):
+        _add_verdict(lines, verdict, 0, has_alarms=bool(alarms))
 
 
-def _add_verdict(lines: "_Lines", verdict: Mapping[str, Any], depth: int) -> None:
-    """Add a condition, and those that it is made of, further to the right."""
-    passed = bool(verdict.get("passed"))
+def _leaves(verdict: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the sentences of the conditions that are made of no others."""
+    if not verdict.get("children"):
+        yield str(verdict.get("text"))
+    for child in verdict.get("children") or []:
+        yield from _leaves(child)
+
+
+def _add_verdict(
+    lines: "_Lines", verdict: Mapping[str, Any], depth: int, *, has_alarms: bool
+) -> None:
+    """Add a condition, and those that it is made of, further to the right.
+
+    Args:
+        has_alarms: alarms stand above, each with its sentence.
+    """
+    passed, said = bool(verdict.get("passed")), str(verdict.get("text"))
     word = "passed" if passed else "failed"
-    text = f"{word}  {verdict.get('kind')}: {verdict.get('text')}"
+    children = verdict.get("children") or []
+    # A condition that is made of others says their sentences again, and so do the alarms'.
+    is_told = any(str(child.get("text")) in said for child in children)
+    is_told |= has_alarms and not passed and verdict.get("kind") == "alarms_clear"
+    text = f"{word}  {verdict.get('kind')}{'' if is_told else f': {said}'}"
     style = "green" if passed else "red"
     lines.entry("verdict" if not depth else "", text, style, indent=2 * depth, hanging=8)
     figures = verdict.get("figures")
     if isinstance(figures, Mapping) and figures:
         first = {name: figures[name] for name in _FIRST_FIGURES if name in figures}
         lines.entry("", _listed({**first, **figures}), "dim", indent=2 * depth + 8)
-    for child in verdict.get("children") or []:
-        _add_verdict(lines, child, depth + 1)
+    for child in children:
+        _add_verdict(lines, child, depth + 1, has_alarms=has_alarms)
 
 
 def _add_files(lines: "_Lines", files: Sequence[Mapping[str, Any]]) -> None:
@@ -321,11 +345,10 @@ class _Lines:
     def __init__(self) -> None:
         from rich.console import Console
 
-        self._is_terminal = sys.stdout.isatty()
-        self.width = shutil.get_terminal_size().columns if self._is_terminal else PIPED_WIDTH
-        self.width = max(40, self.width)
+        self._has_styles = has_styles()
+        self.width = max(40, terminal_width() or PIPED_WIDTH)
         self._console: Console = Console(
-            width=self.width, force_terminal=self._is_terminal, highlight=False
+            width=self.width, force_terminal=self._has_styles, highlight=False
         )
         self._lines: list[Text] = []
 
@@ -397,7 +420,7 @@ class _Lines:
     def put(self) -> None:
         """Write them all."""
         for line in self._lines:
-            if self._is_terminal:
+            if self._has_styles:
                 self._console.print(line, no_wrap=True, crop=False, overflow="ignore")
             else:
                 put(line.plain.rstrip())

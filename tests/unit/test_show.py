@@ -284,6 +284,39 @@ class TestArtifacts:
         assert "gain 0.125, one-sided p 3.6e-50\n" in lines
         assert "              failed  length_within: too long\n" in lines
 
+    def test_a_decision_says_each_sentence_once(self, tmp_path: Path) -> None:
+        def leaf(kind: str, text: str) -> dict[str, Any]:
+            return {"kind": kind, "passed": False, "text": text, "children": []}
+
+        def both(*children: dict[str, Any]) -> dict[str, Any]:
+            text = " and ".join(child["text"] for child in children)
+            return {**leaf("all", text), "children": list(children)}
+
+        fell, dear, long = "the reward fell by 6.93", "it is too dear", "it is too long"
+        alarm = {"name": "accuracy_drop", "action": "refuse", "text": fell}
+        verdict = both(
+            leaf("alarms_clear", f"alarm accuracy_drop: {fell}"),
+            both(leaf("better", dear), leaf("length_within", long)),
+        )
+        decision = {
+            "promoted": False, "alarms": [alarm], "verdict": verdict,
+            "reasons": [f"alarm accuracy_drop: {fell}", dear, f"passed: {long}", "it is 0.5"],
+        }  # fmt: skip
+        make(tmp_path / "p", "promote", {}, {"decision.json": decision})
+        text = spin("show", tmp_path / "p").stdout
+        assert [text.count(each) for each in (fell, dear, long, "it is 0.5")] == [1, 1, 1, 1]
+        assert "failed  all\n" in text
+        assert "failed  alarms_clear\n" in text
+
+    def test_damage_is_told_once(self, tmp_path: Path) -> None:
+        place = make(tmp_path / "p", "promote", {}, {"decision.json": {"promoted": True}})
+        (place / "decision.json").write_bytes(b"x" * (place / "decision.json").stat().st_size)
+        done = spin("show", place, expect=4)
+        assert " ".join(done.output.split()).count("its SHA-256 does not match") == 1
+        assert done.stderr == f"spin: {place}: what is damaged is named above\n"
+        done = spin("show", place, "--json", expect=4)
+        assert done.stderr.count("its SHA-256 does not match") == 1
+
     def test_conditions_keep_their_indentation_and_tell_the_gain_first(
         self, tmp_path: Path
     ) -> None:
@@ -417,6 +450,19 @@ class TestPlaces:
         made.champion.write_text("{}")
         assert "rolled back" not in spin(*words).stdout, "nobody knows"
 
+    @pytest.mark.parametrize(
+        "words",
+        [["--sort", "margn"], ["--find", "zzz"], ["--rows", "5"], ["--full"], ["--dropped"]],
+    )
+    @pytest.mark.parametrize("part", ["", ":0", ":start"])
+    def test_what_chooses_rows_is_refused_where_there_are_many_tables(
+        self, run: RunLayout, part: str, words: list[str]
+    ) -> None:
+        done = spin("show", f"{run.root}{part}", *words, expect=2)
+        assert done.stdout == ""
+        assert f"{words[0]} is of the rows of one artifact" in done.stderr
+        assert (f"spin show {run.root}:0 --pairs" in done.stderr) == (part != ":start")
+
     def test_hints_keep_what_was_typed(
         self, run: RunLayout, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -493,9 +539,9 @@ class TestDamage:
         place = run.stage(0, "pair")
         file = place / "part-00000.parquet"
         file.write_bytes(file.read_bytes()[:-100])
-        assert "its manifest says" in spin("show", place, expect=4).stderr
+        assert "its manifest says" in " ".join(spin("show", place, expect=4).stdout.split())
         file.unlink()
-        assert "is missing" in spin("show", place, expect=4).stderr
+        assert "is missing" in " ".join(spin("show", place, expect=4).stdout.split())
 
     def test_a_damaged_manifest_is_one_line(self, run: RunLayout) -> None:
         file = run.stage(0, "pair") / "manifest.json"
@@ -521,7 +567,8 @@ class TestDamage:
         assert set(kinds[:-number]) >= {"score", "suite"}
         assert "model.bin has 5 bytes, its manifest says 7" in result.stdout
         assert "  suite quiz " in result.stdout
-        assert ("champion" in result.stderr) == (not place)
+        assert ("champion is damaged" in result.stdout) == (not place)
+        assert result.stderr.endswith(": what is damaged is named above\n")
         about = json.loads(spin("show", f"{run.root}{place}", "--json", expect=4).stdout)
         assert [("problem" in each) for each in about["artifacts"]][-2:] == [True, True]
 
@@ -573,7 +620,12 @@ class TestTerminal:
             forged = [line for line in ours.split("\n") if line.startswith("  rejected  a forged")]
             assert not forged
 
-    def on_a_terminal(self, words: list[str], width: int) -> str:
+    def test_no_color_is_no_style_either(self, tmp_path: Path) -> None:
+        words = ["show", str(self.hostile(tmp_path)), "--pairs"]
+        assert "\x1b[1m" in self.on_a_terminal(words, 130)
+        assert "\x1b" not in self.on_a_terminal(words, 130, NO_COLOR="1")
+
+    def on_a_terminal(self, words: list[str], width: int, **settings: str) -> str:
         """What `spin` writes to a terminal of some width."""
         import fcntl
         import pty
@@ -585,6 +637,7 @@ class TestTerminal:
         environment = {**os.environ, "TERM": "xterm-256color"}
         environment.pop("COLUMNS", None)
         environment.pop("NO_COLOR", None)
+        environment |= settings
         with subprocess.Popen(
             [sys.executable, "-m", "spin_cli", *words], stdout=theirs, cwd=ROOT, env=environment
         ) as process:
