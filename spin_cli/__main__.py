@@ -7,13 +7,16 @@ import signal
 import sys
 from types import FrameType
 
+from spin_cli import KEPT
+
 
 def main() -> None:
     """Run the command line; the process ends with the command's exit code."""
     try:
-        from spin_cli.app import app  # takes 0.2 s, in which Ctrl-C must be quiet, too
+        from spin_cli.app import app  # takes 0.2 s, in which Ctrl-C is told like any other
         from spin_cli.failures import UNREAD, TerminatedError, end_unread
     except KeyboardInterrupt:
+        sys.stderr.write(f"spin: interrupted; {KEPT}\n")
         sys.exit(130)
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:

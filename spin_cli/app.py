@@ -37,7 +37,7 @@ from spin_cli.options import (
     Verbose,
     example,
 )
-from spin_cli.screen import put, put_json, say, set_up_messages
+from spin_cli.screen import counted, put, put_json, say, set_up_messages
 
 if TYPE_CHECKING:
     from spin_cli.steps import Step
@@ -836,7 +836,8 @@ def verify(
         f"{report.size_bytes / 1e6:,.1f} MB hashed in {report.seconds:.1f} s"
     )
     if report.problems:
-        raise CorruptError(f"{place}: {len(report.problems)} problems; each is named above")
+        number = counted(len(report.problems), "problem", "problems")
+        raise CorruptError(f"{place}: {number}, named above")
     say(f"{place}: all is as its manifests say")
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
+from spin_cli import KEPT
 from spin_cli.screen import is_verbose, say
 from stages.errors import ConfigError, NoSpaceError, SpinError
 
@@ -19,7 +20,6 @@ INTERRUPTED = 130
 UNREAD = 141
 """Whoever read our output has ended, as `head` does; a shell's code for SIGPIPE."""
 TERMINATED = 143
-_KEPT = "what was finished is kept: run the same command again to go on"
 
 
 class TerminatedError(SystemExit):
@@ -73,10 +73,10 @@ def _told() -> Iterator[None]:
         say(f"spin: {error}")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        say(f"spin: interrupted; {_KEPT}")
+        say(f"spin: interrupted; {KEPT}")
         raise typer.Exit(INTERRUPTED) from None
     except TerminatedError:
-        say(f"spin: terminated; {_KEPT}")
+        say(f"spin: terminated; {KEPT}")
         raise
     except Exception as error:
         if _is_typers(error, "NoArgsIsHelpError"):
@@ -93,14 +93,14 @@ def _told() -> Iterator[None]:
 
 def _end_unexpected(error: Exception) -> None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        say(f"spin: no room to write ({error}); free some space, then {_KEPT}")
+        say(f"spin: no room to write ({error}); free some space, then {KEPT}")
         raise typer.Exit(NoSpaceError.exit_code) from None
     if _is_out_of_memory(error):
         if is_verbose():
             traceback.print_exc()
         say(
             f"spin: out of memory ({error}); lower the stage's token_budget or micro_batch_size, "
-            f"or generate.engine.batch_size, then {_KEPT}"
+            f"or generate.engine.batch_size, then {KEPT}"
         )
         raise typer.Exit(BUG) from None
     traceback.print_exc(file=sys.stderr)

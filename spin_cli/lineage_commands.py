@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spin_cli.options import Json, NoVerify, Quiet, Verbose, example
-from spin_cli.screen import put, put_json, say, set_up_messages
+from spin_cli.screen import counted, put, put_json, say, set_up_messages
 
 if TYPE_CHECKING:
     from stages.reproduce import Agreement
@@ -36,7 +36,7 @@ def lineage(
     It reads manifests alone; `spin verify` hashes the bytes.
     """
     set_up_messages(quiet=quiet, verbose=verbose)
-    from spin_cli.lineage_views import dot_lines, tree_lines
+    from spin_cli.lineage_views import dot_lines, put_tree
     from stages.lineage import lineage as read_lineage
     from stages.subjects import find_subject
 
@@ -46,11 +46,15 @@ def lineage(
     if as_json:
         put_json(found.to_json())
     else:
-        for line in dot_lines(found) if as_dot else tree_lines(found):
-            put(line)
+        if as_dot:
+            for line in dot_lines(found):
+                put(line)
+        else:
+            put_tree(found)
         problems = found.problems()
         if problems:
-            say(f"{artifact}: {len(problems)} problems on the way; each is named above")
+            number = counted(len(problems), "problem", "problems")
+            say(f"{artifact}: {number} on the way, named above")
     _end_damaged(found.damage())
 
 
@@ -130,7 +134,8 @@ def reproduce(
     makers = other_makers(original)
     for line in makers:
         say(f"made by other code than this: {line}")
-    say(f"{artifact}: {len(list(original.made()))} artifacts are made again in {place}")
+    made = counted(len(list(original.made())), "artifact is", "artifacts are")
+    say(f"{artifact}: {made} made again in {place}")
     found = []
     for each in steps:
         found.append(each)

@@ -5,13 +5,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spin_cli.screen import safe
+from spin_cli.screen import fill, put, safe, terminal_width
 from spin_cli.steps import MAX_FIGURES, ordered
 from stages.difference import ArtifactDifference, Change, Difference
 from stages.lineage import KEY_CHARS, Lineage, Node, made_with
 
 _VALUE_CHARS = 60
 _PLACE_CHARS = 30  # beside a key, which with its kind takes the rest
+_MIN_WIDTH = 20
+"""Of text beside branches, however deep they are."""
 _HASH = re.compile(r"[0-9a-f]{32,}")
 _PLACE = re.compile(r"(.*) \((key|content) ([^()]*)\)")
 
@@ -45,6 +47,21 @@ def tree_lines(found: Lineage) -> Iterator[str]:
             last = position == len(inputs) - 1
             branch = below + ("└─ " if last else "├─ ")
             ahead.append((found.nodes[node_id], inner, branch, below + ("   " if last else "│  ")))
+
+
+def put_tree(found: Lineage) -> None:
+    """Print a lineage as a tree; on a terminal long lines go on below, beside the branches."""
+    width = terminal_width()
+    for line in tree_lines(found):
+        if width is None:
+            put(line)
+            continue
+        lead = re.match(r"[│├└─ ]*", line)
+        assert lead is not None, "it matches nothing, too"
+        below = lead[0].replace("├─", "│ ").replace("└─", "  ")
+        room = max(_MIN_WIDTH, width - len(lead[0]))
+        for place, part in enumerate(fill(line[lead.end() :], room).split("\n")):
+            put(f"{below if place else lead[0]}{part}")
 
 
 def dot_lines(found: Lineage) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from spin_cli.options import Quiet, Run, Verbose, example
-from spin_cli.screen import put, say, set_up_messages
+from spin_cli.screen import counted, put, say, set_up_messages
 
 
 def add_to(app: typer.Typer) -> None:
@@ -63,9 +63,9 @@ def report(
         sys.stdout.buffer.flush()
         return
     written = write_report(run, out)
-    gaps = f", {len(written.problems)} things could not be read" if written.problems else ""
+    gaps = f", {counted(len(written.problems), 'thing', 'things')} could not be read"
     if not quiet:
         say(
-            f"{written.path}: {written.iterations} iterations, "
-            f"{written.size_bytes / 1e6:.1f} MB{gaps}"
+            f"{written.path}: {counted(written.iterations, 'iteration', 'iterations')}, "
+            f"{written.size_bytes / 1e6:.1f} MB{gaps if written.problems else ''}"
         )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.artifacts import run_root
 from stages.artifacts.files import make_folder, write_durably
 from stages.artifacts.keys import canonical_json, open_sealed, sealed_text
 from stages.errors import ConfigError, CorruptError, InputError
@@ -13,6 +14,7 @@ from stages.recipe import SHRUNK, Recipe, recipe_from_json
 
 RECORD_FORMAT = 1
 _HASH_NAME = "sha256"
+_MOST_RUNS = 10  # that an error names
 
 
 def read_recipe(layout: RunLayout) -> Recipe:
@@ -25,11 +27,21 @@ def read_recipe(layout: RunLayout) -> Recipe:
     recipe = _find_recipe(layout)
     if recipe is None:
         what = "is no run directory (no run.json)" if layout.root.exists() else "does not exist"
-        raise InputError(
-            f"{layout.root} {what}; correct the path, or start it: "
-            f"spin init {layout.root} --config RECIPE"
-        )
+        raise InputError(f"{layout.root} {what}; {_remedy(layout)}")
     return recipe
+
+
+def _remedy(layout: RunLayout) -> str:
+    """Return what to name instead of a place that is no run."""
+    above = run_root(layout.root)
+    if above is not None:
+        name = above if layout.root.is_absolute() else os.path.relpath(above)
+        return f"it lies in the run {name}: name that"
+    inside = sorted(str(record.parent) for record in layout.root.glob(f"*/{layout.record.name}"))
+    if inside:
+        more = ", …" if len(inside) > _MOST_RUNS else ""
+        return f"name a run in it: {', '.join(inside[:_MOST_RUNS])}{more}"
+    return f"correct the path, or start it: spin init {layout.root} --config RECIPE"
 
 
 def start_or_resume(layout: RunLayout, recipe: Recipe, *, amend: bool = False) -> Recipe | None:

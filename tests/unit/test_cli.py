@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from spin_cli import recipes, screen, views
+from spin_cli import KEPT, recipes, screen, views
 from spin_cli.app import app
 from spin_cli.failures import BUG, INTERRUPTED, TERMINATED, UNREAD, TerminatedError, reported
 from stages import errors
@@ -198,6 +198,22 @@ class TestExitCodes:
         self, error: Exception, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert "token_budget" in one_line(self.failing(error, monkeypatch, 1).stderr)
+
+    def test_an_interrupt_while_it_is_loaded_says_the_same(self) -> None:
+        script = (
+            "import sys\n"
+            "class Interrupted:\n"
+            "    def find_spec(self, name, *others):\n"
+            "        if name == 'spin_cli.app': raise KeyboardInterrupt\n"
+            "sys.meta_path.insert(0, Interrupted())\n"
+            "from spin_cli.__main__ import main\n"
+            "main()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (INTERRUPTED, "")
+        assert done.stderr == f"spin: interrupted; {KEPT}\n"
 
     def test_an_interrupt_says_what_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
         text = one_line(self.failing(KeyboardInterrupt(), monkeypatch, 130).stderr)
@@ -430,6 +446,10 @@ class TestScreen:
             assert captured.err.splitlines() == shown
             assert captured.out == ""
 
+    def test_one_thing_is_no_plural(self) -> None:
+        told = [screen.counted(number, "problem", "problems") for number in (0, 1, 2000)]
+        assert told == ["0 problems", "1 problem", "2,000 problems"]
+
     def test_a_table_is_aligned_text_where_there_is_no_terminal(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -440,6 +460,7 @@ class TestScreen:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
         screen.put_table(["name", "n", "why"], [["a", "1", "[/x] [bold]b[/bold]"]], caption="c")
         assert "[/x] [bold]b[/bold]" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from spin_cli.app import app
-from spin_cli.lineage_views import dot_lines, tree_lines
+from spin_cli.lineage_views import dot_lines, put_tree, tree_lines
 from stages.artifacts import (
     Outcome,
     Plan,
@@ -210,6 +210,23 @@ class TestTheChain:
         assert len(of_data) > 3
         assert sum("(above)" not in line for line in of_data) == 1
 
+    def test_on_a_terminal_lines_break_between_words_and_in_a_pipe_never(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = lineage(find_subject("a"))
+        put_tree(found)
+        piped = capsys.readouterr().out
+        assert piped.splitlines() == list(tree_lines(found))
+        assert max(map(len, piped.splitlines())) > 150
+        monkeypatch.setattr("spin_cli.lineage_views.terminal_width", lambda: 60)
+        put_tree(found)
+        lines = capsys.readouterr().out.splitlines()
+        words = [re.sub("[│├└─]", " ", text).split() for text in ("\n".join(lines), piped)]
+        assert words[0] == words[1]
+        too_long = [line for line in lines if len(line) > 60]
+        # A word longer than the line is whole, such as a list of settings.
+        assert all(len(re.sub("[│├└─]", " ", line).split()) <= 2 for line in too_long)
+
     def test_a_long_chain_is_no_recursion(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -250,7 +267,7 @@ class TestProblems:
         assert problem.startswith("iterations/000/pair: another artifact is there now (key ")
         result = spin("lineage", "a")
         assert "PROBLEM: another artifact is there now" in result.stdout
-        assert "1 problems on the way" in result.stderr
+        assert "a: 1 problem on the way, named" in result.stderr
 
     def test_other_bytes_under_the_same_key_are_told(self, run: Path) -> None:
         place = run / "iterations/000/pair"

@@ -374,6 +374,18 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         status(tmp_path / "none")
 
 
+def test_beside_a_run_the_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, _ = a_run(tmp_path)
+    with pytest.raises(InputError, match=f"; name a run in it: {layout.root}$"):
+        status(tmp_path)
+    inside = layout.stage(0, "train").parent
+    with pytest.raises(InputError, match=f"it lies in the run {layout.root}: name that$"):
+        status(inside)
+    monkeypatch.chdir(inside.parent)
+    with pytest.raises(InputError, match=r"it lies in the run \.\.: name that$"):
+        status(Path("000"))
+
+
 def test_a_run_record_that_is_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "run.json").mkdir()
     with pytest.raises(InputError, match=r"run\.json cannot be read \(Is a directory\)"):
