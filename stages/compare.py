@@ -376,28 +376,26 @@ def _table(
 
 
 def _rivals(made: Sequence[Manifest]) -> list[str | None]:
-    """Return whom each was compared with, so that no two rivals have one name.
+    """Return whom each was compared with: one name for one rival, and for each its own.
 
-    A rival from outside of the run has only the name of its folder: where another evaluation has it
-    inside its run it is called by its place there, and else by its key besides.
+    A rival from outside of the run that another evaluation has inside its own is called by its
+    place there.
     """
     refs = [rival_input(each) for each in made]
     places = {ref.key: ref.path for ref in refs if ref is not None and ref.inside_run}
-    keys: dict[str, set[str]] = {}
-    for ref in refs:
-        if ref is not None:
-            keys.setdefault(places.get(ref.key, ref.path), set()).add(ref.key)
-    found = []
-    for each, ref in zip(made, refs, strict=True):
-        if ref is None:
-            found.append(rival_of(each))
-            continue
-        name = places.get(ref.key, ref.path)
-        is_artifact = ":" not in ref.key  # folder:…, hub:… are of models that people know by name
-        if len(keys[name]) > 1 or (is_artifact and ref.key not in places):
-            name = f"{name} (key {ref.key.rpartition(':')[2][:KEY_CHARS]})"
-        found.append(name)
-    return found
+    names = [
+        (places.get(ref.key) if ref is not None else None) or rival_of(each)
+        for each, ref in zip(made, refs, strict=True)
+    ]
+    keys: dict[str | None, set[str]] = {}
+    for name, ref in zip(names, refs, strict=True):
+        keys.setdefault(name, set()).add(ref.key if ref is not None else "")
+    return [
+        f"{name} (key {ref.key.rpartition(':')[2][:KEY_CHARS]})"
+        if ref is not None and len(keys[name]) > 1
+        else name
+        for name, ref in zip(names, refs, strict=True)
+    ]
 
 
 def _difference(

@@ -19,6 +19,7 @@ HEADLINES = {
     ),
 }  # fmt: skip
 """By kind of suite, patterns of whole names, the most telling first."""
+_KEY_CHARS = 12
 _MINOR = re.compile(r".*(_share|_tokens|_characters|_stderr.*|@1)|prompts|seconds.*")
 """What is told last: pass@1 and majority@1 are the accuracy, or nearly so."""
 
@@ -69,10 +70,15 @@ def rival_input(made: Manifest) -> InputRef | None:
 
 
 def rival_of(made: Manifest) -> str | None:
-    """Return whom an evaluation compares the model with, as its manifest names it, if with any."""
+    """Return whom an evaluation compares the model with, as its manifest names it, if with any.
+
+    Of an artifact from outside of the run the manifest has the folder's name, which many share, so
+    its key is told besides. Models are known by their names (their keys are folder:… or hub:…).
+    """
     rival = rival_input(made)
     if rival is not None:
-        return rival.path
+        is_known = rival.inside_run or ":" in rival.key
+        return rival.path if is_known else f"{rival.path} (key {rival.key[:_KEY_CHARS]})"
     if made.config.get("kind") == "win_rate":
         return "the human answers"
     reference = made.info.get("reference")

@@ -96,7 +96,7 @@ def test_pass_at_k_and_the_win_rate_are_told_and_how_many_are_not(
     assert "win_rate" in told["duel"].replace("length_controlled_win_rate", "")
     assert " more" in told["quiz"], told["quiz"]
     if where == "log":
-        assert told["duel"].startswith(", against start/evaluate, win_rate 0.5")
+        assert told["duel"].startswith(", against start/evaluate (key start/evalua), win_rate")
 
 
 def test_a_model_card_has_them_where_no_gate_asks_for_them(run: RunLayout) -> None:
