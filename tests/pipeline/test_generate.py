@@ -217,7 +217,7 @@ def test_a_length_limit_of_the_recipe_is_kept(tiny_model_dir: Path, tmp_path: Pa
 
 def test_answers_longer_than_the_model_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", questions(5))
-    with pytest.raises(InputError, match=r"generate.max_new_tokens=512 leaves no .* 512 pos"):
+    with pytest.raises(ConfigError, match=r"generate.max_new_tokens=512 leaves no .* 512 pos"):
         run(tiny_model_dir, data, tmp_path / "out", config(max_new_tokens=512))
 
 
