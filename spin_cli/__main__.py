@@ -12,6 +12,9 @@ from spin_cli import KEPT
 
 def main() -> None:
     """Run the command line; the process ends with the command's exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         from spin_cli.app import app  # takes 0.2 s, in which Ctrl-C is told like any other
         from spin_cli.failures import UNREAD, TerminatedError, end_unread
@@ -23,9 +26,6 @@ def main() -> None:
         raise TerminatedError  # unwinds like an exception, so that locks and workspaces are tidy
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by >&-
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
     code: int | None = None

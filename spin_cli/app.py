@@ -487,6 +487,8 @@ def promote(
         return
     if [rollback, history, iteration is not None or export is not None].count(True) != 1:
         raise typer.BadParameter("give one of --iteration, --rollback, --history and --export")
+    if (rollback or history or again) and (config or overrides or shrink or no_verify):
+        raise typer.BadParameter("settings and --no-verify are for decisions: leave them out")
     if rollback:
         _roll_back(run)
         return
@@ -554,6 +556,7 @@ def _checked_run(run: Path) -> "RunLayout":
 
 def _put_history(run: Path, *, as_json: bool = False) -> None:
     from stages.artifacts import read_pointer
+    from stages.artifacts.keys import KEY_CHARS
 
     pointer = read_pointer(_checked_run(run).champion)
     history = pointer.history if pointer else []
@@ -567,7 +570,7 @@ def _put_history(run: Path, *, as_json: bool = False) -> None:
         mark = "*" if number == len(history) - 1 else " "  # the history ends at the champion
         when = f"  {entry.at}" if entry.at else ""
         reason = " ".join(entry.reason.split())
-        put(f"{mark} {number}  {entry.path}  {entry.key[:12]}{when}  {reason}")
+        put(f"{mark} {number}  {entry.path}  {entry.key[:KEY_CHARS]}{when}  {reason}")
 
 
 @app.command(

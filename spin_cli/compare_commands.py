@@ -215,8 +215,8 @@ def _decimals(halves: Sequence[float], values: Sequence[float]) -> int | None:
 
 
 def _number(value: float, decimals: int | None) -> str:
-    """Return a number with so many decimals, nought without a sign; None: two digits of it."""
-    text = f"{value:.2g}" if decimals is None else f"{value:.{decimals}f}"
+    """Return a number with so many decimals, nought without a sign; None: four digits of it."""
+    text = f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
     return text if float(text) else text.removeprefix("-")
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from spin_cli.screen import fill, put, safe, terminal_width
 from spin_cli.steps import MAX_FIGURES, ordered
+from stages.artifacts.keys import KEY_CHARS
 from stages.difference import ArtifactDifference, Change, Difference
-from stages.lineage import KEY_CHARS, Lineage, Node, made_with
+from stages.lineage import Lineage, Node, made_with
 
 _VALUE_CHARS = 60
 _PLACE_CHARS = 30  # beside a key, which with its kind takes the rest

@@ -109,8 +109,9 @@ def put_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, caption: 
     is too narrow titles and names break, and where that is not enough each row is a block of lines
     `title value`: nothing is ever cut.
     """
-    heads = [[safe(title)] for title in titles]
-    body = [[[safe(cell)] for cell in row] for row in rows]
+    titles, rows = list(map(_flat, titles)), [list(map(_flat, row)) for row in rows]
+    heads = [[title] for title in titles]
+    body = [[[cell] for cell in row] for row in rows]
     width = terminal_width()
     if width is not None and _width(_columns(heads, body)) > width:
         heads = [
@@ -131,6 +132,11 @@ def put_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, caption: 
             put(_GAP.join(_aligned(cell, i, widths) for i, cell in enumerate(line)).rstrip())
 
 
+def _flat(text: str) -> str:
+    """Return a text that stays in its cell: a line break in it would pass for a row."""
+    return re.sub(r"[\n\t]", " ", safe(text))
+
+
 def _put_blocks(
     titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str, width: int
 ) -> None:
@@ -139,11 +145,11 @@ def _put_blocks(
         put_wrapped(caption)
     longest = max(map(len, titles[1:]), default=0)
     for row in rows:
-        put(fill(f"{titles[0]} {safe(row[0])}", width))
+        put(fill(f"{titles[0]} {row[0]}", width))
         for title, cell in zip(titles[1:], row[1:], strict=True):
             if title:
-                beside = f"  {title.ljust(longest)}  {safe(cell)}"
-                put(beside if _cells(beside) <= width else f"  {title}\n    {safe(cell)}")
+                beside = f"  {title.ljust(longest)}  {cell}"
+                put(beside if _cells(beside) <= width else f"  {title}\n    {cell}")
 
 
 def _columns(heads: _Row, body: Sequence[_Row]) -> list[list[list[str]]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin_cli.screen import has_styles, put, safe, terminal_width
+from stages.artifacts.keys import KEY_CHARS
 from stages.show import MARGINS, Found, Query
 from stages.subjects import START
 
@@ -102,7 +103,9 @@ def put_artifact(about: Mapping[str, Any], *, brief: bool) -> None:
     """
     lines = _Lines()
     stage = f"{about['stage']} {about['name']}" if about["name"] else about["stage"]
-    lines.add([(f"{stage}  ", "bold"), (about["path"], ""), (f"  {about['key'][:12]}", "dim")])
+    lines.add(
+        [(f"{stage}  ", "bold"), (about["path"], ""), (f"  {about['key'][:KEY_CHARS]}", "dim")]
+    )
     if not brief:
         made = about["made"]
         cost = [f"{made['at']} in {made['seconds']:.1f} s"]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from stages.artifacts import Artifact, Manifest, open_artifact
 from stages.artifacts.json_file import read_object
+from stages.artifacts.keys import KEY_CHARS
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import read_pointer
 from stages.config.suites import MAIN_EVALUATION
@@ -23,7 +24,7 @@ from stages.data.paired import compare as compare_columns
 from stages.errors import ConfigError, InputError, choices
 from stages.headlines import rival_input, rival_of
 from stages.layout import RunLayout
-from stages.lineage import KEY_CHARS, flat
+from stages.lineage import flat
 from stages.subjects import START, find_subject
 
 EVALUATION = MAIN_EVALUATION

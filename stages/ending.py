@@ -38,6 +38,8 @@ def ending_noted(layout: RunLayout) -> Iterator[None]:
         yield
     except BaseException as error:
         code, message = _as_told(error)
+        if not layout.record.exists():  # taken back, since nothing was made
+            raise
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             write_durably(layout.ending, canonical_json(asdict(Ending(at, code, message))))

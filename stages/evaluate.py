@@ -26,7 +26,7 @@ from stages.config import EvaluateConfig, RewardConfig, RunConfig
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.measures import SHARE, Measure, RangeOf, usual_range, write_measures
 from stages.data.repeats import repeated_share
-from stages.data.rows import DROPPED, EXAMPLES
+from stages.data.rows import DROPPED, DROPPED_FILE, EXAMPLES
 from stages.data.statistics import Interval
 from stages.data.tokens import PairTokens
 from stages.engines import OpenEngine
@@ -38,8 +38,7 @@ from stages.suites.answering import GREEDY, Answers, Asked, Asker, chosen_rows, 
 
 _log = logging.getLogger("spin")
 
-FORMAT_VERSION = 3
-DROPPED_NAME = "dropped.parquet"
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _fill(space: Workspace, work: _Work, opponent: _Opponent | None) -> Outcome:
     with TableWriter(space.file("examples.parquet"), EXAMPLES) as table:
         table.extend(rows)
     if dropped:
-        with TableWriter(space.file(DROPPED_NAME), DROPPED) as table:
+        with TableWriter(space.file(DROPPED_FILE), DROPPED) as table:
             table.extend(dropped)
     metrics = write_measures(space, measured(rows), summarize(rows), ranges(work.config.reward))
     sound("evaluate", metrics, work.config.alarms)

@@ -24,9 +24,7 @@ from stages.gates import (
     Evidence,
     Measured,
     Rival,
-    bounds_above_one,
     check,
-    check_bounds,
     player_suites,
     rivals,
 )
@@ -103,8 +101,6 @@ def check_gate(config: RunConfig, suite: str | None, start: Path) -> None:
     is_told = any(file.path == INTERVALS_FILE for file in found.manifest.files)
     means = list(read_object(found, INTERVALS_FILE)) if is_told else None
     check(config, suite, list(read_object(found, METRICS_FILE)), means)
-    if bounds_above_one(config, suite):
-        check_bounds(config, suite, measured(found).columns)
 
 
 @dataclass(frozen=True)

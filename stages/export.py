@@ -12,6 +12,7 @@ from typing import Any
 from stages.artifacts import Artifact, Manifest, open_artifact, read_manifest, run_root
 from stages.artifacts.files import fsync_path, make_folder, writing
 from stages.artifacts.json_file import read_object
+from stages.artifacts.keys import KEY_CHARS
 from stages.artifacts.locks import hold, lock_path
 from stages.artifacts.manifest import MANIFEST_NAME, check_file
 from stages.artifacts.pointer import Pointer, read_pointer
@@ -23,7 +24,6 @@ from stages.errors import ConfigError, InputError, SpinError
 from stages.headlines import in_order, kind_of
 from stages.layout import RunLayout
 from stages.lineage import (
-    KEY_CHARS,
     Lineage,
     flat,
     made_with,

@@ -238,30 +238,11 @@ def check_names(config: RunConfig) -> None:
             _check_share(_bound(leaf.at_least), leaf.at_least.value)
 
 
-def bounds_above_one(config: RunConfig, suite: str | None) -> list[AtLeastConfig]:
-    """Return the bounds that no share reaches, of a suite (None: the run's evaluation)."""
-    asked = [leaf.at_least for leaf in _leaves_of(config) if leaf.at_least is not None]
-    return [each for each in asked if each.value > 1 and split(each.metric)[0] == suite]
-
-
-def check_bounds(config: RunConfig, suite: str | None, columns: Mapping[str, Column]) -> None:
-    """Check the bounds of a gate by what was measured at the start, by metric.
-
-    What is 1 for some examples and 0 for all others is of right or wrong.
-
-    Raises:
-        ConfigError: a metric of right or wrong has to be above 1.
-    """
-    for asked in bounds_above_one(config, suite):
-        column = columns.get(split(asked.metric)[1])
-        if column is not None and set(column.values.tolist()) == {0.0, 1.0}:
-            _check_share(_bound(asked), asked.value, f"; {AMEND}")
-
-
-def _check_share(what: str, bound: float, then: str = "") -> None:
+def _check_share(what: str, bound: float) -> None:
     if bound > 1:
-        remedy = f"write {bound / 100:g}" if bound <= 100 else "it is never above 1"
-        raise ConfigError(f"{what} is {bound:g}, but that is a share of 1: {remedy}{then}")
+        is_percent = 2 <= bound <= 100
+        remedy = f"write {bound / 100:g}" if is_percent else "it is never above 1"
+        raise ConfigError(f"{what} is {bound:g}, but that is a share of 1: {remedy}")
 
 
 def _bound(asked: AtLeastConfig) -> str:

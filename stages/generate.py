@@ -37,7 +37,7 @@ from stages.config import GenerateConfig, RunConfig
 from stages.data import draw
 from stages.data.chat import Renderer, RowRefusedError, chat_fingerprints, make_renderer
 from stages.data.columns import conversations, list_column
-from stages.data.rows import DROPPED, GENERATIONS, PROMPTS, RENDERED
+from stages.data.rows import DROPPED, DROPPED_FILE, GENERATIONS, PROMPTS, RENDERED
 from stages.engines import OpenEngine
 from stages.engines.base import Engine, Sampling
 from stages.engines.prompts import askable_batch, model_room, model_vocab_size
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 RENDERED_NAME = f"{ASIDE}/prompts.parquet"
 RENDERED_IDS = sha256_text("all prompts")
-DROPPED_NAME = "dropped.parquet"
 MOST_SHARD_ROWS = 2048
 LEAST_SHARD_ROWS = 128
 WANTED_SHARDS = 32
@@ -226,7 +225,7 @@ def _fill(space: Workspace, work: _Work) -> Outcome:
         _render(space, work)
     asked = _asked(space, work)
     _answer(space, asked, work)
-    dropped = _dropped(space.path / DROPPED_NAME)
+    dropped = _dropped(space.path / DROPPED_FILE)
     shards = [space.path / asked.name(number) for number in range(asked.num_shards)]
     if not shards:
         shards = [_write_empty(space.path / asked.name(0))]
@@ -278,7 +277,7 @@ class _Assistant:
 
 def _is_rendered(space: Workspace) -> bool:
     """Tell whether prompts are rendered, in whatever division into shards."""
-    return all(space.shards.done(name, RENDERED_IDS) for name in (RENDERED_NAME, DROPPED_NAME))
+    return all(space.shards.done(name, RENDERED_IDS) for name in (RENDERED_NAME, DROPPED_FILE))
 
 
 def _asked(space: Workspace, work: _Work) -> Asked:
@@ -306,7 +305,7 @@ def _render(space: Workspace, work: _Work) -> None:
             ):
                 _render_all(work, table, left_out)
 
-        space.shards.write(DROPPED_NAME, RENDERED_IDS, write_dropped)
+        space.shards.write(DROPPED_FILE, RENDERED_IDS, write_dropped)
 
     space.shards.write(RENDERED_NAME, RENDERED_IDS, write_both)
 

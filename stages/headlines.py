@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+from stages.artifacts.keys import KEY_CHARS
 from stages.artifacts.manifest import InputRef, Manifest
 from stages.config import RunConfig
 
@@ -19,7 +20,6 @@ HEADLINES = {
     ),
 }  # fmt: skip
 """By kind of suite, patterns of whole names, the most telling first."""
-_KEY_CHARS = 12
 _MINOR = re.compile(r".*(_share|_tokens|_characters|_stderr.*|@1)|prompts|seconds.*")
 """What is told last: pass@1 and majority@1 are the accuracy, or nearly so."""
 
@@ -78,7 +78,7 @@ def rival_of(made: Manifest) -> str | None:
     rival = rival_input(made)
     if rival is not None:
         is_known = rival.inside_run or ":" in rival.key
-        return rival.path if is_known else f"{rival.path} (key {rival.key[:_KEY_CHARS]})"
+        return rival.path if is_known else f"{rival.path} (key {rival.key[:KEY_CHARS]})"
     if made.config.get("kind") == "win_rate":
         return "the human answers"
     reference = made.info.get("reference")

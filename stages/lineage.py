@@ -12,14 +12,12 @@ from typing import Any
 
 from stages.artifacts import InputRef, Manifest, read_manifest
 from stages.artifacts.files import inner_path
+from stages.artifacts.keys import KEY_CHARS
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import read_pointer
 from stages.config import EngineConfig, RunConfig, SftConfig
 from stages.errors import CorruptError, InputError, SpinError
 from stages.subjects import Subject
-
-KEY_CHARS = 12
-"""Of a key, in texts for people."""
 
 
 @dataclass(frozen=True)

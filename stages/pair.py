@@ -36,7 +36,7 @@ from stages.data.draw import drawn_number
 from stages.data.pair_report import PairReport
 from stages.data.pair_rows import Replay, Sides
 from stages.data.pairing import Floats, Ints, Rule
-from stages.data.rows import DROPPED, GENERATIONS, PAIRS, PROMPTS, REWARDS
+from stages.data.rows import DROPPED, DROPPED_FILE, GENERATIONS, PAIRS, PROMPTS, REWARDS
 from stages.errors import ConfigError, CorruptError, InputError
 from stages.model.source import ModelSource, resolve_model
 
@@ -162,7 +162,7 @@ def _fill(space: Workspace, config: RunConfig, model: ModelSource, job: _Job) ->
     pairer, report = _Pairer(job, renderer), PairReport(job.iteration)
     with (
         TableWriter(space.file("part-00000.parquet"), PAIRS) as table,
-        TableWriter(space.file("dropped.parquet"), DROPPED) as left_out,
+        TableWriter(space.file(DROPPED_FILE), DROPPED) as left_out,
     ):
         for answers in ahead(map(pairer.read, _chunks(job))):
             pairs, dropped = pairer.pair(answers, report)

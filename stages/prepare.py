@@ -53,7 +53,7 @@ from stages.data.formats import (
     prompt_id,
 )
 from stages.data.inputs import PrepareInputs, find_inputs
-from stages.data.rows import CONTAMINATION, DROPPED, PROMPTS
+from stages.data.rows import CONTAMINATION, DROPPED, DROPPED_FILE, PROMPTS
 from stages.data.sorting import LineSorter
 from stages.data.sources import (
     HubSource,
@@ -485,7 +485,7 @@ def _write(workspace: Workspace, sorted_rows: Path, limits: _Limits) -> dict[str
     with (
         closing(_Parts(workspace, "train")) as train,
         closing(_Parts(workspace, "heldout")) as heldout,
-        TableWriter(workspace.file("dropped.parquet"), DROPPED) as dropped,
+        TableWriter(workspace.file(DROPPED_FILE), DROPPED) as dropped,
     ):
         parts = {"train": train, "heldout": heldout}
         for row, part, detail in _fates(sorted_rows, limits):

@@ -60,7 +60,7 @@ __all__ = ["PromoteInputs", "decide", "promote_again", "rollback", "run"]
 
 log = logging.getLogger("spin")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MADE_FROM = {"train": "pairs", "score": "pairs", "pair": "generations"}
 """Stage → how the names of those inputs begin that lead back to where its rows were made."""
 

@@ -32,7 +32,15 @@ from stages.artifacts.shards import ASIDE
 from stages.artifacts.tables import Row
 from stages.config import RewardConfig, RunConfig
 from stages.data.join import grouped, inner_join
-from stages.data.rows import DROPPED, GENERATIONS, JUDGEMENTS, PROMPTS, REWARDS, SCORES
+from stages.data.rows import (
+    DROPPED,
+    DROPPED_FILE,
+    GENERATIONS,
+    JUDGEMENTS,
+    PROMPTS,
+    REWARDS,
+    SCORES,
+)
 from stages.errors import ConfigError, InputError
 from stages.progress import Progress, progress
 from stages.rewards import (
@@ -263,7 +271,7 @@ def _assemble(space: Workspace, shards: Sequence[str], source: RewardSource) -> 
     decided, prompts = 0, 0
     with (
         TableWriter(space.file("rewards.parquet"), REWARDS) as table,
-        TableWriter(space.file("dropped.parquet"), DROPPED) as left_out,
+        TableWriter(space.file(DROPPED_FILE), DROPPED) as left_out,
     ):
         for _, group in groupby(read_rows(paths, SCORES), key=lambda row: row["prompt_id"]):
             found = []

@@ -25,7 +25,7 @@ from stages.artifacts.manifest import MANIFEST_NAME, check_listing
 from stages.artifacts.pointer import read_pointer
 from stages.artifacts.tables import Row
 from stages.data.aligned import SortedTable, aligned
-from stages.data.rows import PROMPTS
+from stages.data.rows import DROPPED_FILE, PROMPTS
 from stages.decisions import is_rolled_back
 from stages.errors import ConfigError, CorruptError, InputError, SpinError
 from stages.layout import RunLayout
@@ -406,7 +406,8 @@ def _table(artifact: Artifact, query: Query) -> tuple[str, list[str]]:
     groups = _groups(artifact.manifest)
     where = f"{artifact.path} ({artifact.manifest.stage})"
     if query.dropped:
-        wanted = query.file or ("unscored" if "unscored.parquet" in groups else "dropped")
+        no_dropped = DROPPED_FILE not in groups and "unscored.parquet" in groups
+        wanted = query.file or ("unscored" if no_dropped else "dropped")
     else:
         wanted = query.file or MAIN_TABLE.get(artifact.manifest.stage, "part")
     for name in (wanted, f"{wanted}.parquet", f"{wanted}-*.parquet"):

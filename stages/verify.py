@@ -10,6 +10,7 @@ from typing import Any
 
 from stages.artifacts import InputRef, Manifest, read_manifest
 from stages.artifacts.files import inner_path
+from stages.artifacts.keys import KEY_CHARS
 from stages.artifacts.manifest import MANIFEST_NAME, FileEntry, check_file, check_listing
 from stages.artifacts.pointer import read_pointer
 from stages.errors import InputError, SpinError
@@ -156,7 +157,8 @@ def _check_input(
         report.problems.append(f"{where} is not in the run any more; run its stage again")
     elif present.key != ref.key:
         report.problems.append(
-            f"{where} is another artifact now (key {present.key[:12]}, used was {ref.key[:12]}); "
+            f"{where} is another artifact now (key {present.key[:KEY_CHARS]}, used was "
+            f"{ref.key[:KEY_CHARS]}); "
             f"delete {folder} and run its stage again"
         )
     elif present.content() != ref.content:
@@ -172,8 +174,8 @@ def _check_pointer(layout: RunLayout) -> None:
     target = read_manifest(layout.root / pointer.path)
     if target.key != pointer.key:
         raise InputError(
-            f"{layout.champion} points to {pointer.path} with key {pointer.key[:12]}, but "
-            f"{target.key[:12]} is there; roll back: spin promote {layout.root} --rollback"
+            f"{layout.champion} points to {pointer.path} with key {pointer.key[:KEY_CHARS]}, but "
+            f"{target.key[:KEY_CHARS]} is there; roll back: spin promote {layout.root} --rollback"
         )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stages.artifacts import locks
 from stages.artifacts.files import inner_path, write_durably
-from stages.artifacts.keys import open_sealed, sealed_text
+from stages.artifacts.keys import KEY_CHARS, open_sealed, sealed_text
 from stages.artifacts.manifest import MANIFEST_NAME, open_artifact
 from stages.artifacts.produce import RUN_MARK
 from stages.errors import ConfigError, CorruptError, InputError
@@ -21,7 +21,6 @@ POINTER_NAME = "champion"
 """Of the one pointer of a run, beside its record."""
 POINTER_FORMAT = 1
 _HASH_NAME = "sha256"
-_KEY_CHARS = 12
 
 
 class PointerEntry(BaseModel):
@@ -267,7 +266,7 @@ def _check_target(path: Path, target: PointerEntry) -> None:
         raise CorruptError(f"{where}: {error}") from None
     if key != target.key:
         raise CorruptError(
-            f"{where}: {target.key[:_KEY_CHARS]} was promoted, {key[:_KEY_CHARS]} is there now; "
+            f"{where}: {target.key[:KEY_CHARS]} was promoted, {key[:KEY_CHARS]} is there now; "
             "evaluate that one and promote it, or make the old one again in its place"
         )
 

@@ -21,7 +21,9 @@ from stages.config.suites import (
 
 _OF_SAMPLES = ("cut_off_share", "empty_share", "mean_tokens", "repeated_share", "entropy")
 _OF_ANSWERS = ("cut_off_share", "mean_tokens", "unscored_share")
-_SHARES = re.compile(r"\w+_share|win_rate|heldout_(reward|length)_accuracy|(pass|majority)@\d+")
+_SHARES = re.compile(
+    r"\w+_share|win_rate(_[a-z0-9_]+)?|heldout_(reward|length)_accuracy|(pass|majority)@\d+"
+)
 _SCORES = re.compile(r"((sampled|greedy|opponent)_)?accuracy")
 
 

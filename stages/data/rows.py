@@ -87,6 +87,8 @@ sampled and 1 for the greedy answer), or -1 for the human response. `order` is `
 were shown, and `verdict` is `a`, `b` or `tie` whichever way; null where the reply, `text`, holds
 none. Equal answers are a tie that nobody was asked about: `text` is null."""
 
+DROPPED_FILE = "dropped.parquet"
+"""Where stages keep rows of DROPPED."""
 DROPPED = _schema(
     prompt_id=pa.string(),
     reason=pa.string(),

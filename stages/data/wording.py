@@ -3,6 +3,7 @@
 Of right and wrong a difference is told in points, of all else as a number.
 """
 
+import math
 from decimal import ROUND_HALF_UP, Decimal
 
 _NOISE = 12
@@ -33,7 +34,8 @@ def in_points(method: object) -> bool:
 def gain_told(value: float, method: object) -> str:
     """Return a gain with its sign, without its unit; see `unit_told`."""
     if in_points(method):
-        return f"{rounded(100 * value, 1):+.1f}"
+        points = rounded(100 * value, 1)
+        return f"{points or math.copysign(points, value):+.1f}"  # a small loss is -0.0
     return f"{significant(value, 3):+.3g}"
 
 

@@ -22,6 +22,7 @@ from stages.artifacts import (
     read_rows,
 )
 from stages.artifacts.json_file import read_object
+from stages.artifacts.keys import KEY_CHARS
 from stages.artifacts.manifest import MANIFEST_NAME
 from stages.artifacts.pointer import Pointer, read_pointer
 from stages.config import RunConfig
@@ -34,11 +35,11 @@ from stages.data.measures import (
     Column,
     read_measures,
 )
-from stages.data.rows import DROPPED, EXAMPLES, SFT_METRICS, TRAIN_METRICS
+from stages.data.rows import DROPPED, DROPPED_FILE, EXAMPLES, SFT_METRICS, TRAIN_METRICS
 from stages.decisions import DECISION, outcome
 from stages.errors import InputError, SpinError
 from stages.layout import ITERATION_STAGES, RunLayout
-from stages.lineage import KEY_CHARS, without_root
+from stages.lineage import without_root
 from stages.recipe import Recipe
 from stages.reporting.numbers import Units
 from stages.run_record import read_recipe
@@ -46,7 +47,6 @@ from stages.status import stage_state
 
 T = TypeVar("T")
 PAIR_REPORT = "report.json"
-DROPPED_FILE = "dropped.parquet"
 EXAMPLES_FILE = "examples.parquet"
 STEPS_FILE = "metrics.parquet"
 _READ = (

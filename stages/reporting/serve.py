@@ -199,7 +199,7 @@ _Handler._routes = {"/": _Handler._page, "/state": _Handler._state}
 
 def _traces(layout: RunLayout) -> Iterator[str]:
     """Yield a line for everything that a page depends on: stamps of manifests, and attempts."""
-    for path in (layout.record, layout.champion):
+    for path in (layout.record, layout.champion, layout.ending):
         yield _stamp(path)
     parents = [layout.root, layout.root / "models", layout.root / "start", layout.root / "suites"]
     parents += [layout.stage(t, "generate").parent for t in layout.iterations()]

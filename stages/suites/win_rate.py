@@ -44,7 +44,7 @@ from stages.suites.answering import (
 from stages.suites.base import STAGE, SuiteWork
 from stages.suites.wins import Win, measured_wins, range_of_wins
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 OURS, OTHER = "ours", "other"
 """What the two answers are called; in judgements.parquet they are 0 and 1."""
 SAMPLE = {"sampled": 0, "greedy": GREEDY}

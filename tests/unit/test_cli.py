@@ -456,6 +456,15 @@ class TestScreen:
         screen.put_table(["name", "n", "why"], [["a", "1", "x"], ["long\x1b[1m", "100", "[/x]"]])
         assert capsys.readouterr().out == "name    n  why\na       1  x\nlong  100  [/x]\n"
 
+    @pytest.mark.parametrize("width", [None, 80, 12])
+    def test_no_cell_passes_for_a_row(
+        self, width: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(screen, "terminal_width", lambda: width)
+        screen.put_table(["name", "a\nb", "why"], [["x\n2  99%  champion", "1\t", "no\nrow"]])
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        assert not {"b", "2  99%  champion", "row"} & set(lines)
+
     def test_a_table_on_a_terminal_takes_text_as_it_is(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

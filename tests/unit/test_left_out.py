@@ -55,6 +55,20 @@ def test_show_has_these_rows(asked: Path) -> None:
     assert {row["prompt_id"] for row in rows} == {prompt_id(2), prompt_id(4)}
 
 
+def test_what_has_no_reward_hides_no_prompt_that_was_left_out(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "none.py").write_text(
+        "def score(prompt, response, human):\n    return None if human == 'one' else 1.0\n"
+    )
+    reward = {"name": "python", "python": {"file": str(tmp_path / "none.py"), "function": "score"}}
+    humans = {1: "one", 2: LONG, 3: "short"}
+    manifest = ask(tmp_path / "evaluate", tiny_model_dir, humans, reward=reward)
+    assert {"unscored.parquet", "dropped.parquet"} <= {file.path for file in manifest.files}
+    told = CliRunner().invoke(app, ["show", str(tmp_path / "evaluate"), "--dropped", "--json"])
+    assert [row["prompt_id"] for row in json.loads(told.stdout)["rows"]] == [prompt_id(2)]
+
+
 def test_where_nothing_is_left_out_there_is_no_table(tmp_path: Path, tiny_model_dir: Path) -> None:
     manifest = ask(tmp_path / "evaluate", tiny_model_dir, {1: "short", 2: "short"})
     assert manifest.counts == {"prompts": 2, "dropped_refused": 0}

@@ -11,10 +11,9 @@ from stages.config import RunConfig
 from stages.config.metrics import Metrics, is_a_share, metrics_of
 from stages.data.measures import read_measures
 from stages.errors import ConfigError
-from stages.evidence import check_gate
 from stages.gates import check_names
 from stages.recipe import load_recipe
-from tests.evaluations import column, make_data, make_evaluation
+from tests.evaluations import make_data
 from tests.unit import test_alpaca_eval as of_alpaca
 from tests.unit import test_mt_bench as of_mt_bench
 from tests.unit import test_opponents as of_models
@@ -162,22 +161,3 @@ def test_one_that_may_be_is_not(metric: str) -> None:
 def test_so_is_one_that_cannot_be_there_or_reach_that(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(*words)
-
-
-@pytest.mark.parametrize(
-    ("values", "is_refused"),
-    [([0, 1, 1, 0], True), ([0, 0, 0, 0], False), ([0, 1, 0.5, 0], False), ([0, 1, 7, 0], False)],
-)
-def test_what_was_right_or_wrong_at_the_start_is_a_share(
-    values: list[float], is_refused: bool, tmp_path: Path
-) -> None:
-    """Where all are 0, a player may still reach 80 of 100."""
-    gate = "promote.gate={at_least: {metric: 'lm.acc', value: 80}}"
-    config = load_recipe(None, [*WORDS, gate]).for_iteration()
-    check_names(config)
-    make_evaluation(tmp_path / "lm", "m", column("acc", values))
-    if not is_refused:
-        check_gate(config, "lm", tmp_path / "lm")
-        return
-    with pytest.raises(ConfigError, match=r"share of 1: write 0\.8; change it with --amend"):
-        check_gate(config, "lm", tmp_path / "lm")

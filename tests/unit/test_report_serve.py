@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from stages.artifacts import locks
-from stages.errors import BusyError, InputError
+from stages.ending import ending_noted
+from stages.errors import BusyError, DivergedError, InputError
 from stages.layout import RunLayout
 from stages.recipe import load_recipe
 from stages.reporting import serve as serving
@@ -126,6 +127,15 @@ def test_the_state_changes_with_every_artifact_and_only_then(served: Served) -> 
     status, headers, _ = served.ask("/state", tag=tag)
     assert (status, headers["ETag"] != tag) == (200, True)
     assert "iterations/001/generate" in served.ask("/")[2]
+
+
+def test_the_state_changes_with_how_the_run_ended(served: Served) -> None:
+    tag = served.ask("/state")[1]["ETag"]
+    with pytest.raises(DivergedError), ending_noted(served.layout):
+        raise DivergedError("train: step 3: it diverged")
+    status, headers, _ = served.ask("/state", tag=tag)
+    assert (status, headers["ETag"] != tag) == (200, True)
+    assert "train: step 3: it diverged" in served.ask("/")[2]
 
 
 def test_the_page_is_made_anew_only_when_the_run_has_changed(

@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -22,6 +23,7 @@ from spin_cli.views import _cells, put_status
 from stages.artifacts import Outcome, Plan, Workspace, locks, produce, read_manifest
 from stages.artifacts.json_file import write_object
 from stages.compare import Value
+from stages.ending import ending_noted
 from stages.errors import BusyError, CorruptError, DivergedError, InputError
 from stages.headlines import longer_side
 from stages.layout import RunLayout
@@ -175,6 +177,9 @@ def test_an_alarm_has_its_name_and_a_changed_rate_both_values(
     refused(layout, "no", alarms=[{"name": "accuracy_drop", "action": "refuse", "text": "it fell"}])
     text = CliRunner().invoke(app, ["status", str(layout.root)]).stdout
     assert "\n  alarm accuracy_drop (refuse): it fell\n" in text
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    [looked_for] = re.findall(r"grep -q '([^']*)'; then echo \"The collapse", makefile)
+    assert re.search(looked_for.replace("(", r"\(").replace(")", r"\)"), text)
     assert status(layout.root)["iterations"][0]["changed"] == {}
     trained = layout.stage(0, "train")
     rate = load_recipe(None).for_iteration().train.learning_rate
@@ -430,6 +435,14 @@ def test_how_the_last_run_ended_before_its_time_is_told_until_the_next(
     assert CliRunner().invoke(app, command).exit_code == 0
     assert status(run)["ended"] is None
     assert "the last run" not in CliRunner().invoke(app, ["status", str(run)]).stdout
+
+
+def test_a_run_that_was_never_begun_has_no_ending(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path / "run")
+    layout.root.mkdir()
+    with pytest.raises(KeyboardInterrupt), ending_noted(layout):
+        raise KeyboardInterrupt
+    assert not layout.ending.exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"at": "x"}'])
