@@ -3,7 +3,6 @@
 Of right and wrong a difference is told in points, of all else as a number.
 """
 
-import math
 from decimal import ROUND_HALF_UP, Decimal
 
 _NOISE = 12
@@ -35,7 +34,7 @@ def gain_told(value: float, method: object) -> str:
     """Return a gain with its sign, without its unit; see `unit_told`."""
     if in_points(method):
         points = rounded(100 * value, 1)
-        return f"{points or math.copysign(points, value):+.1f}"  # a small loss is -0.0
+        return f"{points:+.1f}" if points or value >= 0 else "-0.0"  # a loss, if a small one
     return f"{significant(value, 3):+.3g}"
 
 
