@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_cli.screen import counted, put, put_table, put_wrapped
+from stages.ending import Ending
 from stages.headlines import in_order, longer_side
 from stages.layout import RunLayout
 from stages.reporting.numbers import Units
@@ -49,8 +50,7 @@ def put_status(run: Path) -> None:
         if row["converged"]:
             put_wrapped(f"  converged: {row['converged']}")
     if found["ended"]:
-        ended = "the last run ended at {at} with exit code {exit_code}: {message}"
-        put_wrapped(ended.format(**found["ended"]))
+        put_wrapped(Ending(**found["ended"]).told())
     put("")
     units = _units(run)
     _put_iterations(found, units)

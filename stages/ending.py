@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from stages.artifacts.files import write_durably
 from stages.artifacts.keys import canonical_json
-from stages.errors import SpinError
+from stages.errors import GateRefusedError, SpinError
 from stages.layout import RunLayout
 
 _BUG = 1
@@ -28,6 +28,12 @@ class Ending:
     """UTC, as `2026-03-01T04:05:06+00:00`."""
     exit_code: int
     message: str
+
+    def told(self) -> str:
+        """Return it in words; why a player was refused, its decision tells."""
+        is_refusal = self.exit_code == GateRefusedError.exit_code
+        reason = "a player was refused" if is_refusal else self.message
+        return f"the last run ended at {self.at} with exit code {self.exit_code}: {reason}"
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def _following(view: RunView) -> Iterator[str]:
             yield say(found)
     ended = read_ending(view.layout)
     if ended:
-        yield f"The last run ended at {ended.at} with exit code {ended.exit_code}: {ended.message}"
+        yield f"T{ended.told()[1:]}"
     again = "run the same command again to go on"
     if not view.iterations:
         yield f"No iteration was begun: {again}."

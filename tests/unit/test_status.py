@@ -178,7 +178,7 @@ def test_an_alarm_has_its_name_and_a_changed_rate_both_values(
     text = CliRunner().invoke(app, ["status", str(layout.root)]).stdout
     assert "\n  alarm accuracy_drop (refuse): it fell\n" in text
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    [looked_for] = re.findall(r"grep -q '([^']*)'; then echo \"The collapse", makefile)
+    [looked_for] = re.findall(r"grep '([^']*)' >/dev/null; then echo \"The collapse", makefile)
     assert re.search(looked_for.replace("(", r"\(").replace(")", r"\)"), text)
     assert status(layout.root)["iterations"][0]["changed"] == {}
     trained = layout.stage(0, "train")
@@ -443,6 +443,19 @@ def test_a_run_that_was_never_begun_has_no_ending(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ending_noted(layout):
         raise KeyboardInterrupt
     assert not layout.ending.exists()
+
+
+def test_why_a_player_was_refused_is_told_once(tmp_path: Path) -> None:
+    fake_stages.accuracy_by_model["iterations/000/train"] = 0.1
+    run = tmp_path / "run"
+    command = ["run", "demo", "--run", str(run), "sft.init=random", "promote.gate=null"]
+    try:
+        assert CliRunner().invoke(app, [*command, "promote.min_gain=0"]).exit_code == 6
+    finally:
+        fake_stages.accuracy_by_model.clear()
+    text = CliRunner().invoke(app, ["status", str(run)]).stdout
+    assert "with exit code 6: a player was refused\n" in text
+    assert text.count("the gain of -0.5") == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"at": "x"}'])
