@@ -28,7 +28,7 @@ from stages.gates import (
     player_suites,
     rivals,
 )
-from stages.layout import RunLayout
+from stages.layout import RunLayout, is_of_start
 
 
 @dataclass(frozen=True)
@@ -235,5 +235,4 @@ def differences(player: Artifact, rival: Artifact) -> list[str]:
 
 def _named(rival: str, found: Mapping[str | None, Artifact]) -> str:
     """Return a rival's name, which tells where the start stands for the champion."""
-    is_start = all(artifact.path.parent.name == "start" for artifact in found.values())
-    return "start" if is_start else rival
+    return "start" if all(is_of_start(artifact.path) for artifact in found.values()) else rival

@@ -22,7 +22,7 @@ from stages.data.measures import INTERVALS_FILE, METRICS_FILE
 from stages.decisions import outcome, read_decision
 from stages.errors import ConfigError, InputError, SpinError
 from stages.headlines import in_order, kind_of
-from stages.layout import RunLayout
+from stages.layout import RunLayout, is_of_start
 from stages.lineage import (
     Lineage,
     flat,
@@ -352,17 +352,16 @@ def _verdict(layout: RunLayout, iteration: int, pointer: Pointer | None) -> tupl
         return "not decided", []
     decision = read_decision(out)
     verdict = outcome(layout, iteration, promoted=decision.promoted, pointer=pointer)
-    return verdict, [*decision.reasons, *_gain(layout, decision.gain)]
+    return verdict, [*decision.reasons, *_gain(decision.gain)]
 
 
-def _gain(layout: RunLayout, gain: Mapping[str, Any] | None) -> list[str]:
+def _gain(gain: Mapping[str, Any] | None) -> list[str]:
     """Return in words what a decision says of the player against whom it had to beat."""
     numbers = [(gain or {}).get(name) for name in ("gain", "low", "high")]
     if gain is None or not all(isinstance(number, int | float) for number in numbers):
         return []
     value, low, high = numbers
-    is_start = gain.get("rival") == layout.relative(layout.start_evaluation)
-    rival = "start" if is_start else "champion before"
+    rival = "start" if is_of_start(str(gain.get("rival"))) else "champion before"
     return [
         f"{gain.get('metric')} against the {rival}, on the same examples: {value:+.4g} "
         f"[{low:+.3g}, {high:+.3g}]"

@@ -11,6 +11,11 @@ ITERATION_STAGES = ("generate", "reward", "pair", "score", "train", "evaluate", 
 """The stages of an iteration, in order."""
 
 
+def is_of_start(evaluation: str | Path) -> bool:
+    """Tell by its path whether an evaluation in a run is of the first opponent."""
+    return Path(evaluation).parent.name == "start"
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """The paths of one run."""

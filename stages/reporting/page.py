@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from stages.alarms import fired
 from stages.errors import SpinError
+from stages.layout import is_of_start
 from stages.reporting import figures, numbers
 from stages.reporting.ancestry import ancestry
 from stages.reporting.charts import Drawer
@@ -171,8 +172,7 @@ def _rival(view: RunView, iteration: IterationView) -> str:
     """Return whom a player had to beat: the start, while there was no champion."""
     manifest = iteration.manifest("promote")
     ref = manifest.inputs.get("champion_evaluation") if manifest else None
-    start = view.layout.relative(view.layout.start_evaluation)
-    return "start" if ref is not None and ref.path == start else "champion"
+    return "start" if ref is not None and is_of_start(ref.path) else "champion"
 
 
 def _value(units: numbers.Units, metric: str, value: Any) -> str:

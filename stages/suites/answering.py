@@ -129,7 +129,7 @@ class Asker:
                 if missing and engine is None:
                     engine = opened.enter_context(self._running(model, asked))
                 if missing and engine is not None:
-                    for done in ask_for(missing, engine, self._sampling(temperature)):
+                    for done in ask_for(missing, engine, self.sampling_at(temperature)):
                         yield _numbered(done)
                         bar.advance(1, len(done.token_ids))
 
@@ -164,7 +164,8 @@ class Asker:
             if requests:
                 yield AnswerShard(self.space, f"answers-{name}-{number:05d}", requests)
 
-    def _sampling(self, temperature: float) -> Sampling:
+    def sampling_at(self, temperature: float) -> Sampling:
+        """Return how answers are drawn, at a temperature; 0: greedily."""
         return Sampling(
             temperature=temperature,
             top_p=self.sampling.top_p,

@@ -18,7 +18,7 @@ from stages.config import MtBenchSuiteConfig
 from stages.data.chat import chat_fingerprints
 from stages.data.measures import Measure, usual_range, write_measures
 from stages.data.statistics import Interval
-from stages.engines.base import Completion, Engine, Request, Sampling
+from stages.engines.base import Completion, Engine, Request
 from stages.errors import InputError
 from stages.model.source import ModelSource
 from stages.progress import Progress, progress
@@ -205,13 +205,6 @@ class _Interview:
         self, engine: Engine, name: str, asked: Sequence[Asked], temperature: float, bar: Progress
     ) -> Iterator[Completion]:
         """Yield the answers: those of a cut-off attempt, or new ones, kept under a name."""
-        sampling = Sampling(
-            temperature=temperature,
-            top_p=self._suite.top_p,
-            top_k=self._suite.top_k,
-            max_new_tokens=self._suite.max_new_tokens,
-            stop_token_ids=self._asker.renderer.stop_token_ids,
-        )
         requests = [
             Request(a.prompt_id, a.prompt_token_ids, self._asker.sample_seed(a.prompt_id, 0))
             for a in asked
@@ -223,7 +216,7 @@ class _Interview:
             bar.skip(len(requests))
             yield from kept.read()
             return
-        for done in ask_for([kept], engine, sampling):
+        for done in ask_for([kept], engine, self._asker.sampling_at(temperature)):
             bar.advance(1, len(done.token_ids))
             yield done
 
